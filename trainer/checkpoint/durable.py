@@ -1,0 +1,139 @@
+"""Files and folders that survive a kill or a power cut: written aside, synced, renamed, parent synced."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+STAGING = ".staging-"
+REPLACED = ".replaced-"
+REMOVING = ".removing-"
+FAIL_POINT = "TUNESMITH_FAIL_POINT"
+
+_STAGED = re.compile(re.escape(STAGING) + r".+@(?P<host>[A-Za-z0-9._-]+)\+(?P<pid>\d+)\+(?P<start>\d+)")
+
+
+def fail_point(name: str) -> None:
+    """Kill this process, as a power cut would, where the environment asks for it: the proof that a save survives it."""
+    if os.environ.get(FAIL_POINT) == name:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """A new file, synced. Raises FileExistsError: nothing published is ever written again."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring a folder and all that is in it to the disk."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync(path)
+    sync(folder)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def staging_folder(target: Path) -> Path:
+    """A new empty folder beside `target`; its name tells its writer (host, process, start), so that a later one can
+    see whether that writer is dead."""
+    host, pid = _host(), os.getpid()
+    staging = target.with_name(f"{STAGING}{target.name}@{host}+{pid}+{_started(pid)}")
+    if staging.exists():
+        remove_folder(staging)  # our own, of a save that failed
+    staging.mkdir(parents=True)
+    return staging
+
+
+def publish_folder(staging: Path, target: Path) -> None:
+    """Rename a synced staging folder to its final name. A folder already there steps aside first and goes last, so
+    that at any moment one of the two is whole on the disk."""
+    aside = target.with_name(REPLACED + target.name)
+    if target.exists():
+        remove_folder(aside)
+        target.rename(aside)
+    staging.rename(target)
+    sync(target.parent)
+    remove_folder(aside)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder: renamed first, so that a kill halfway leaves nothing that looks like a checkpoint."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    doomed = folder
+    if not folder.name.startswith((STAGING, REMOVING)):
+        doomed = folder.with_name(REMOVING + folder.name.lstrip("."))
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+    if doomed.is_symlink() or not doomed.is_dir():
+        doomed.unlink()
+        return
+    try:
+        shutil.rmtree(doomed)
+    except OSError as error:
+        log.warning("could not remove %s: %s", doomed, error)
+
+
+def clean(parent: Path, prefix: str) -> None:
+    """Remove what killed writers of folders `prefix...` left: half removed ones, and staged ones whose writer ran on
+    this host and is dead. One staged from another host stays: from here nobody can tell whether its writer lives."""
+    marks = (STAGING, REPLACED, REMOVING)
+    for path in sorted(path for mark in marks for path in parent.glob(f"{mark}{glob.escape(prefix)}*")):
+        staged = _STAGED.fullmatch(path.name)
+        if path.name.startswith(REMOVING) or (staged and _dead(staged["host"], int(staged["pid"]), staged["start"])):
+            log.info("removing %s, left by a writer that died", path)
+            remove_folder(path)
+        elif path.name.startswith(REPLACED) and path.with_name(path.name[len(REPLACED) :]).exists():
+            remove_folder(path)
+
+
+def _dead(host: str, pid: int, start: str) -> bool:
+    return host == _host() and _started(pid) != start
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname()) or "unknown"
+
+
+def _started(pid: int) -> str:
+    """When a process started, in clock ticks since boot; "" if there is none. A number used again differs in it.
+
+    Without /proc the bare fact that the process lives answers "0".
+    """
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return ""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass  # it lives, and is another user's
+    return "0"

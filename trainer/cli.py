@@ -1,0 +1,199 @@
+"""The command line. Each verb imports what it needs when it runs: help and checks stay quick."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trainer import __version__
+
+PREEMPTED = 75
+
+app = typer.Typer(
+    name="tunesmith",
+    help="Fine-tune language models from one recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Fine-tune language models from one recipe."""
+    if debug:
+        os.environ["TUNESMITH_DEBUG"] = "1"
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    no_data: Annotated[bool, typer.Option("--no-data", help="Do not read the data; needs no torch.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a recipe: resolved keys, examples, tokens, steps, memory."""
+    from trainer.check import check_recipe, render
+    from trainer.config import load_recipe
+
+    result = check_recipe(load_recipe(recipe, overrides), data=not no_data)
+    typer.echo(json.dumps(result, indent=2) if as_json else render(result))
+
+
+@app.command()
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="The recipe reference instead.")] = False,
+) -> None:
+    """Print the recipe's JSON schema, for editors."""
+    from trainer.config.reference import json_schema, recipe_reference
+
+    typer.echo(recipe_reference() if markdown else json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def prepare(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Read, check and tokenise the data into the cache, without training."""
+    from trainer.config import load_recipe
+    from trainer.data.prepare import prepare as prepare_sources
+    from trainer.session import preflight
+
+    loaded = load_recipe(recipe, overrides)
+    preflight(loaded)
+    for name, source in prepare_sources(loaded).items():
+        typer.echo(f"{name}: {json.dumps(source.counts)}")
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew; the old folder is kept under another name.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on the console.")] = False,
+) -> None:
+    """Train; goes on from the newest checkpoint if the run's folder has one."""
+    from launchers.environment import cpu_environment, restart_with
+
+    restart_with(cpu_environment())
+    from trainer.config import load_recipe
+    from trainer.session import is_finished, open_session, preflight
+
+    loaded = load_recipe(recipe, overrides)
+    preflight(loaded)
+    if is_finished(loaded, fresh):
+        typer.echo(f"{loaded.output}: complete already; nothing to do (--fresh starts anew)")
+        return
+    with open_session(loaded, fresh=fresh, console=not quiet) as run:
+        from trainer.train import train as walk  # torch is loaded by now
+
+        run.status = walk(run)
+        main_rank = run.world.is_main
+    if main_rank:
+        _report(Path(loaded.output))
+    if run.status == "preempted":
+        raise typer.Exit(PREEMPTED)
+
+
+def _report(folder: Path) -> None:
+    from trainer.tracking.report import write_report  # matplotlib: only at the end
+
+    typer.echo(f"report: {write_report(folder)}")
+
+
+@app.command()
+def report(run: RunPath) -> None:
+    """Write RUN/report.html: curves, evaluation, examples, configuration, in one file."""
+    _report(run)
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[evaluation.KEY=VALUE]...", help="Overrides of evaluation.")
+    ] = None,
+) -> None:
+    """Evaluate a run's newest checkpoint on its suites."""
+    from launchers.environment import cpu_environment, restart_with
+
+    restart_with(cpu_environment())
+    from trainer.revisit import evaluate_run
+
+    for line in evaluate_run(run, overrides or []):
+        typer.echo(line)
+
+
+@app.command()
+def compare(run_a: RunPath, run_b: RunPath) -> None:
+    """Compare two runs on the suites they share, paired by example, with significance."""
+    from trainer.evaluation.compare import compare as compare_runs
+    from trainer.evaluation.compare import table
+
+    typer.echo(table(compare_runs(run_a, run_b)))
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder; default RUN/export.")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Only the adapter, unmerged.")] = False,
+) -> None:
+    """Write an ordinary Hugging Face folder of a run's newest checkpoint, checked by its logits."""
+    from trainer.revisit import export_run
+
+    result = export_run(run, out or run / "export", merge=not adapter)
+    typer.echo(json.dumps(result))
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--folder", help="Where data and run go.")] = Path("runs/demo"),
+    overrides: Overrides = None,
+) -> None:
+    """Fine-tune a real small model on the demo's data, evaluate, export, report."""
+    from trainer.demo.run import demo as run_demo
+
+    raise typer.Exit(run_demo(folder, overrides or []))
+
+
+def main() -> None:
+    """Run a verb; errors become one line and an exit code."""
+    logging.basicConfig(level=os.environ.get("TUNESMITH_LOG", "WARNING"), format="%(levelname)s %(name)s: %(message)s")
+    from trainer.config.errors import RunError, UserError
+
+    try:
+        app()
+    except (UserError, RunError) as error:
+        _fail(error, error.exit_code)
+    except KeyboardInterrupt as error:
+        _fail(error, 130)
+    except Exception as error:  # noqa: BLE001 - the last resort: one line and exit 1, traceback by --debug
+        _fail(error, 1)
+
+
+def _fail(error: BaseException, code: int) -> None:
+    if os.environ.get("TUNESMITH_DEBUG"):
+        traceback.print_exception(error)
+    message = str(error) or type(error).__name__
+    known = hasattr(error, "exit_code")
+    text = message if known else f"{type(error).__name__}: {message.splitlines()[0]} (--debug shows the traceback)"
+    print(f"tunesmith: error: {text}", file=sys.stderr, flush=True)
+    sys.exit(code)

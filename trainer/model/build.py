@@ -1,0 +1,79 @@
+"""Recipe -> trainee, in one stated order."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from trainer.config import Recipe, UserError
+from trainer.model.attention import enable, packing_support
+from trainer.model.blocks import blocks
+from trainer.model.dropout import set_dropout
+from trainer.model.load import DTYPES, load_network
+from trainer.model.methods import apply_method
+from trainer.model.root import Trainee, verify_head
+
+log = logging.getLogger(__name__)
+
+
+def build_trainee(recipe: Recipe, engine: str, pad_id: int) -> Trainee:
+    """load -> attention -> head check -> dropout -> method -> activation checkpointing -> root; on the CPU,
+    unsharded."""
+    settings = recipe.model
+    network: Any = load_network(settings, recipe.tuning, recipe.seed)
+    network.config.pad_token_id = pad_id
+    choose_attention(network, recipe)
+    verify_head(Trainee(network))
+    layers = blocks(network)
+    set_dropout(network, settings, layers)
+    network = apply_method(network, recipe.tuning, layers, recipe.seed)
+    if recipe.engine.activation_checkpointing:
+        base = getattr(network, "get_base_model", lambda: network)()
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    masters = any(p.requires_grad and p.dtype != DTYPES[settings.dtype] for p in network.parameters())
+    autocast = DTYPES[settings.dtype] if masters and engine == "single" else None
+    return Trainee(network, autocast).train()
+
+
+def choose_attention(network: Any, recipe: Recipe) -> None:
+    """Set the attention implementation that the recipe names; `auto` packs where the model can."""
+    wanted = recipe.model.attention
+    reason = packing_support(network)
+    if wanted == "auto":
+        wanted = "sdpa" if reason else "varlen"
+    if wanted == "varlen":
+        if reason:
+            raise UserError(f"model.attention: varlen: {reason}; use `attention: auto`")
+        enable(network)
+    else:
+        try:
+            network.set_attn_implementation(wanted)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"model.attention: {wanted}: {str(error).splitlines()[0][:200]}; use `attention: auto`"
+            ) from error
+    log.info("attention: %s%s", wanted, f" ({reason})" if reason else "")
+
+
+def can_pack(trainee: Trainee) -> bool:
+    """Whether the chosen attention keeps packed documents apart."""
+    return not trainee.encoder and trainee.config._attn_implementation in ("tunesmith_varlen", "flash_attention_2")
+
+
+def packs(trainee: Trainee, packing: str) -> bool:
+    """Whether a stage's batches are packed; raises UserError where packing was asked for and cannot be had."""
+    able = can_pack(trainee)
+    if packing == "packed" and not able:
+        raise UserError(
+            f"batch.packing: packed: {trainee.config._attn_implementation} attention would mix a pack's documents; "
+            "use `packing: auto` or `model.attention: varlen`"
+        )
+    return able and packing != "padded"
+
+
+def parameter_counts(trainee: torch.nn.Module) -> tuple[int, int]:
+    """(all parameters, trainable parameters)."""
+    total = sum(p.numel() for p in trainee.parameters())
+    return total, sum(p.numel() for p in trainee.parameters() if p.requires_grad)

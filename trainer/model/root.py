@@ -1,0 +1,139 @@
+"""The root module: the network, and inside its forward the choice of supervised positions and the head.
+
+Parallel engines gather sharded weights in the root's forward; calling the inner network and the head apart would bypass
+that. So whatever touches the head's weight is a `readout` that the root calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import UserError
+from trainer.data.batch import Batch
+
+Result = TypeVar("Result")
+Readout = Callable[[Tensor, nn.Module], Result]
+"""(selected hidden states (targets, width), head) -> anything; called inside the root's forward."""
+
+
+class Trainee(nn.Module):
+    """A Hugging Face network (or its PeftModel) with one forward for training and evaluation.
+
+    `autocast` is the arithmetic where trainable parameters are kept in fp32 but compute runs lower; None where the
+    engine
+    casts by itself (FSDP2) or nothing needs it.
+    """
+
+    def __init__(self, network: nn.Module, autocast: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.autocast = autocast
+        base = getattr(network, "get_base_model", lambda: network)()
+        self.config: Any = base.config
+        self.device_type = "cpu"
+        self.classifies = not hasattr(base, "lm_head") and hasattr(self.config, "num_labels") and _has_class_head(base)
+        self.encoder = self.classifies and not hasattr(base, "score")
+
+    @property
+    def base(self) -> Any:
+        """The Hugging Face model beneath a PeftModel, or the network itself."""
+        return getattr(self.network, "get_base_model", lambda: self.network)()
+
+    @property
+    def embeddings(self) -> nn.Module:
+        """The input embedding: adversarial passes perturb its output."""
+        return self.base.get_input_embeddings()
+
+    @property
+    def head(self) -> nn.Module:
+        """What turns a selected hidden state into logits; the identity for encoders, whose own head pools."""
+        if self.encoder:
+            return nn.Identity()
+        return self.base.score if self.classifies else self.base.get_output_embeddings()
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The autocast context of one forward."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device_type, dtype=self.autocast)
+
+    def forward(self, batch: Batch, readout: Readout[Result]) -> Result:
+        """`readout` of the hidden states (targets, width) at `batch.target_index` and the head."""
+        with self.precision():
+            if self.encoder:
+                logits = self.base(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
+                return readout(logits[batch.target_example], self.head)
+            hidden = self.hidden(batch)
+            selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.target_index)
+            return readout(selected, self.head)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states (rows, length, width)."""
+        backbone = getattr(self.base, self.base.base_model_prefix)
+        if batch.packed:
+            arguments = packed_arguments(batch)
+        else:
+            arguments = {"attention_mask": batch.mask.long()}
+        return backbone(
+            input_ids=batch.ids, position_ids=batch.positions, use_cache=False, **arguments
+        ).last_hidden_state
+
+    def generate(self, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
+        """Greedy or sampled continuation (rows, length + new) of left-padded prompts; a forward method for sharding."""
+        with self.precision(), torch.no_grad():
+            return self.network.generate(input_ids=ids, attention_mask=mask, **options)  # type: ignore[operator]
+
+
+def _has_class_head(base: nn.Module) -> bool:
+    return any(hasattr(base, name) for name in ("score", "classifier"))
+
+
+def packed_arguments(batch: Batch) -> dict[str, Any]:
+    """The forward arguments by which packed attention knows where documents begin (as flash attention names them)."""
+    lengths = batch.lengths if len(batch.example_ids) else batch.lengths.new_tensor([batch.ids.shape[1]])
+    borders = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=lengths.device)
+    borders[1:] = lengths.cumsum(0)
+    longest = int(lengths.max())
+    return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
+
+
+def logit_softcap(config: Any) -> float | None:
+    """The cap c of logits c * tanh(logits / c) that some models apply after the head (Gemma 2)."""
+    return getattr(config, "final_logit_softcapping", None)
+
+
+@torch.no_grad()
+def verify_head(trainee: Trainee, tolerance: float = 1e-2) -> None:
+    """Check on one probe that head(hidden) gives the network's own logits; raises UserError where the model does more.
+
+    Models exist that scale logits after the head (Cohere, Granite); training them through the bare head would be
+    wrong in
+    silence.
+    """
+    if trainee.encoder:
+        return
+    was_training = trainee.training
+    trainee.eval()
+    device = next(trainee.parameters()).device
+    ids = torch.arange(1, 9, device=device)[None] % trainee.config.get_text_config().vocab_size
+    positions = torch.arange(8, device=device)[None]
+    with trainee.precision():
+        backbone = getattr(trainee.base, trainee.base.base_model_prefix)
+        hidden = backbone(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        logits = trainee.head(hidden).float()
+        cap = logit_softcap(trainee.config)
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        expected = trainee.base(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+    trainee.train(was_training)
+    logits = logits[:, -1] if expected.dim() == 2 else logits
+    difference = (logits - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+    if not difference <= tolerance:
+        raise UserError(
+            f"model.path: {trainee.config.name_or_path}: applies more than its head to the last hidden state "
+            f"(relative difference {float(difference):.1e}); this model family is not supported yet"
+        )

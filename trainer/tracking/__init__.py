@@ -1,0 +1,108 @@
+"""The record of a run: the journal first; console and W&B are fed from what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.tracking import wandb_feed
+from trainer.tracking.console import Console
+from trainer.tracking.journal import Journal, QuietJournal, Row, eval_metrics, read_rows
+from trainer.tracking.redact import known_secrets, redact
+from trainer.tracking.run_record import describe_environment, new_run_id, open_run, read_run, update_run, write_run
+
+__all__ = [
+    "Console",
+    "Journal",
+    "QuietTracker",
+    "Tracker",
+    "describe_environment",
+    "eval_metrics",
+    "known_secrets",
+    "new_run_id",
+    "open_run",
+    "read_rows",
+    "read_run",
+    "redact",
+    "update_run",
+    "write_run",
+]
+
+
+class Tracker:
+    """What the training loop tells its finished rows to. It can slow or change nothing of the run.
+
+    Each row is in ``metrics.jsonl`` before anybody sees it; the console shows the row as the journal holds it, and
+    the W&B process reads the journal itself. With ``main`` false (every rank but the first) it writes and shows
+    nothing. ``run.json`` must exist before (``open_run``) where W&B is on: the run's id is W&B's id.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        total_steps: int,
+        *,
+        wandb: str = "off",
+        project: str = "tunesmith",
+        config: Mapping[str, Any] | None = None,
+        console: bool = True,
+        main: bool = True,
+    ) -> None:
+        self.folder, self.main = Path(folder), main
+        self._closed = False
+        self._last_step = 0
+        self._journal: Journal | QuietJournal = Journal(self.folder) if main else QuietJournal()
+        self._console = Console(total_steps, enabled=console and main)
+        self._feed: wandb_feed.Feed | None = None
+        if main and wandb != "off":
+            record = read_run(self.folder)
+            name = str(record.get("name") or self.folder.name)
+            self._feed = wandb_feed.start(self.folder, wandb, project, name, str(record["id"]), config)
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Record one optimizer step: DESIGN's ``step`` row, with ``step`` and what was measured."""
+        self._last_step = int(row["step"])
+        self._show(self._journal.step(row))
+        if self._feed is not None:
+            self._tell(self._feed.news())
+
+    def eval(self, row: Mapping[str, Any]) -> None:
+        """Record one suite's evaluation: ``{step, suite, metrics}``."""
+        self._show(self._journal.eval(row))
+
+    def event(self, step: int, name: str, detail: Any = None) -> None:
+        """Record what happened at a step: resume, checkpoint, skip, early stop ..."""
+        self._show(self._journal.event(step, name, detail))
+
+    def sync(self) -> None:
+        """Return once all rows are on the disk; called with each checkpoint."""
+        self._journal.sync()
+
+    def close(self, status: str, feed_seconds: float = 30.0) -> None:
+        """End the record with ``status`` (complete, failed, preempted) in ``run.json``; waits for W&B at most
+        ``feed_seconds``. Closing twice is harmless."""
+        if self._closed:
+            return
+        self._closed = True
+        self._journal.sync()
+        if self.main:
+            update_run(self.folder, status=status)  # before the wait: a kill during the upload leaves the truth
+        if self._feed is not None:
+            self._tell(self._feed.finish(feed_seconds))
+        self._console.close()
+        self._journal.close()
+
+    def _show(self, row: Row) -> None:
+        self._console.row(row)
+
+    def _tell(self, news: list[str]) -> None:
+        for sentence in news:
+            self.event(self._last_step, "wandb", sentence)
+
+
+class QuietTracker(Tracker):
+    """A tracker that keeps and shows nothing: for every rank but the first, and for tests."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), 0, console=False, main=False)

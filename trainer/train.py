@@ -1,0 +1,156 @@
+"""Walk a run's stages. THE STEP is `train_step`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from trainer.adversarial import Pass
+from trainer.config import RunError
+from trainer.data.batch import Batch, target_counts
+from trainer.objectives import Terms, per_target
+from trainer.run import Run, finish, memory_bytes
+from trainer.world import seed_step
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class StepReport:
+    """What one optimizer step did. Observers get it finished and can change nothing."""
+
+    step: int
+    counts: dict[str, float]  # targets per task over all ranks
+    grad_norm: float = math.nan
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)  # of this rank's clean passes
+    tokens: int = 0  # real tokens of this rank
+
+    def add(self, terms: dict[str, Terms], attempt: Pass, batch: Batch) -> None:
+        """Take one pass's detached sums; perturbed passes do not count as the loss."""
+        if not attempt.clean:
+            return
+        self.tokens += batch.tokens
+        for task, term in terms.items():
+            for name, value in term._asdict().items():
+                key = f"{task}/{name}"
+                self.sums[key] = self.sums.get(key, 0.0) + value.detach().double()
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the update was left out because the gradient was not finite."""
+        return not math.isfinite(self.grad_norm)
+
+
+def train_step(run: Run) -> StepReport:
+    """One optimizer step. Whatever can change a weight is named here."""
+    seed_step(run.recipe.seed, run.step, run.world.rank)  # dropout: a function of seed, step and rank alone
+    batches = run.loader.next_step()  # this rank's micro-batches of the global batch
+    counts = run.world.sum(target_counts(batches))  # targets per task over all ranks
+    report = StepReport(run.step + 1, counts)
+
+    for batch, last_batch in flag_last(batches):
+        batch = batch.to(run.world.device)
+        for attempt in run.adversary.passes(run.engine.model.embeddings, batch):  # one clean pass; or clean, perturbed
+            terms = run.objective(run.engine.model, batch)  # {task: summed loss}
+            loss = per_target({task: term.loss for task, term in terms.items()}, counts)  # the only division
+            run.engine.backward(attempt.share * loss, last=last_batch and attempt.last)
+            report.add(terms, attempt, batch)
+
+    report.grad_norm = run.engine.step(run.lr_factor(), pull=run.anchor.pull)  # clip, pull, update, zero
+    run.anchor.observe(run.engine.slots())  # SI measures the move
+    run.step += 1
+    run.stage_step += 1
+    return report
+
+
+def flag_last(batches: list[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Each micro-batch with whether it is the step's last."""
+    for index, batch in enumerate(batches):
+        yield batch, index == len(batches) - 1
+
+
+def train(run: Run) -> str:
+    """Walk the stages to the end or to a stop signal; returns the status: complete or preempted."""
+    run.evaluate_baseline()
+    while run.stage_index < len(run.recipe.stages):
+        status = walk_stage(run)
+        if status == "preempted":
+            run.save()
+            return status
+        run.next_stage()
+    finish(run)
+    return "complete"
+
+
+def walk_stage(run: Run) -> str:
+    """Step until the stage's data, steps or patience end: `done`; or a signal stops all ranks: `preempted`."""
+    started = time.perf_counter()
+    while not run.loader.done and not run.stopped_early:
+        if run.world.any(run.stop.raised):
+            run.tracker.event(run.step, "preempted", f"signal {run.stop.name or 'on another rank'}")
+            return "preempted"
+        report = train_step(run)
+        ended = time.perf_counter()
+        record(run, report, ended - started)
+        guard(run, report)
+        run.evaluate_if_due()
+        run.save_if_due()
+        started = time.perf_counter()
+    return "done"
+
+
+def record(run: Run, report: StepReport, seconds: float) -> None:
+    """Write the finished step as a `step` row; sums over ranks happen here, once."""
+    local = {key: float(value) for key, value in report.sums.items()}
+    for task in report.counts:
+        for name in Terms._fields:
+            local.setdefault(f"{task}/{name}", 0.0)
+    total = run.world.sum({**local, "tokens": float(report.tokens)})
+    targets = sum(report.counts.values())
+    row: dict[str, Any] = {
+        "step": report.step,
+        "stage": run.stage.name,
+        "loss": sum(total[f"{task}/loss"] for task in report.counts) / max(targets, 1e-12),
+        "losses": {task: total[f"{task}/loss"] / count for task, count in report.counts.items() if count},
+        "nll": sum(total[f"{task}/nll"] for task in report.counts) / max(targets, 1e-12),
+        "accuracy": sum(total[f"{task}/correct"] for task in report.counts) / max(targets, 1e-12),
+        "grad_norm": report.grad_norm,
+        "lr": run.peak_lr * run.last_lr_factor,
+        "examples": len(run.loader.step_ids()),
+        "tokens": int(total["tokens"]),
+        "targets": targets,
+        "seconds": seconds,
+        "tokens_per_second": total["tokens"] / seconds,
+        "memory_bytes": int(run.world.max(memory_bytes(run.world.device))),
+        "penalty": run.anchor.penalties(),
+        "skipped": report.skipped,
+    }
+    if report.step % run.recipe.tracking.every == 0 or report.skipped:
+        run.tracker.step(row)
+    run.write_ledger(report.step)
+
+
+def guard(run: Run, report: StepReport) -> None:
+    """Count skipped steps in a row; at the limit stop with the ids of the examples.
+
+    Raises RunError on every rank in the same step, since the gradient norm is the same on all.
+    """
+    if not report.skipped:
+        run.skipped_in_row = 0
+        return
+    run.skipped_in_row += 1
+    ids = run.loader.step_ids()
+    shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+    run.tracker.event(report.step, "skip", f"gradient norm {report.grad_norm}; examples {shown}")
+    limit = run.recipe.guard.nonfinite_limit
+    if run.skipped_in_row >= limit:
+        raise RunError(
+            f"step {report.step}: {limit} steps in a row without a finite gradient; last examples: {shown}; "
+            "lower optimizer.lr, or look at these examples"
+        )
