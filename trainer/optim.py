@@ -82,7 +82,7 @@ class Plateau:
 
     def observe(self, value: float) -> bool:
         """Take one evaluated value; returns whether the rate was cut."""
-        if self.best is None or self._gains(value):
+        if math.isfinite(value) and (self.best is None or self._gains(value)):
             self.best, self.bad = value, 0
             return False
         self.bad += 1

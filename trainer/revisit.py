@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from trainer.checkpoint import load
 from trainer.checkpoint.export import export
@@ -16,42 +19,71 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.engine.single import SingleEngine
 from trainer.evaluation.suites import Evaluator
 from trainer.model.build import build_trainee
+from trainer.model.load import DTYPES
 from trainer.model.root import Trainee
-from trainer.tracking import read_run
 from trainer.world import World, connected, environment_world
 
 
+@dataclass
+class Reopened:
+    """A run's parts without its training: the weights are the base model's until `restore`."""
+
+    recipe: Recipe
+    trainee: Trainee
+    tokenizer: Any
+    world: World
+    checkpoints: Path
+    engine: SingleEngine
+
+    def restore(self) -> int:
+        """Read the newest good checkpoint's weights; returns its step."""
+        return load(self.checkpoints, self.engine, self.world, optimizer=False).step
+
+
 @contextmanager
-def reopened(folder: Path, overrides: list[str]) -> Iterator[tuple[Recipe, Trainee, Any, World, int]]:
-    """(recipe, trainee with the newest good checkpoint's weights, tokenizer, world, step) of a run's folder."""
+def reopened(folder: Path, overrides: list[str], masters: bool = False) -> Iterator[Reopened]:
+    """The parts of a run's folder in one process; with `masters` trainable weights stay in fp32 whatever the dtype."""
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"run: {folder}: has no recipe.yaml; give the folder of a run")
-    read_run(folder)
     recipe = load_recipe(folder / "recipe.yaml", overrides)
     world = environment_world()
     if world.size > 1:
         raise UserError(f"run: {folder}: this verb works in one process; start it without torchrun")
     tokenizer = load_tokenizer(recipe.model)
     with connected(world):
-        trainee = build_trainee(recipe, "single", tokenizer.pad_token_id)
-        last = recipe.stages[-1]
-        engine = SingleEngine(trainee, last.optimizer, last.optimizer.lr, world)
-        loaded = load(folder / "checkpoints", engine, world, optimizer=False)
-        yield recipe, trainee, tokenizer, world, loaded.step
+        trainee = build_trainee(recipe, tokenizer.pad_token_id)
+        settings = recipe.stages[-1].optimizer
+        dtype = torch.float32 if masters else DTYPES[recipe.model.dtype]
+        engine = SingleEngine(trainee, settings, settings.lr, world, dtype)
+        yield Reopened(recipe, trainee, tokenizer, world, folder / "checkpoints", engine)
 
 
 def evaluate_run(folder: Path, overrides: list[str]) -> list[str]:
-    """Run the suites of a run on its newest checkpoint; one line a suite. Overrides may change `evaluation` only."""
+    """Run the suites of a run on its newest checkpoint; one line a suite.
+
+    Overrides may change `evaluation` and `sources` only; with any, the base model is measured anew too, since a verdict
+    pairs the same examples.
+    """
     for item in overrides:
         if not item.startswith(("evaluation.", "sources.")):
             raise UserError(f"override: {item!r}: only evaluation and sources can change after training")
-    with reopened(folder, overrides) as (recipe, trainee, tokenizer, world, step):
-        evaluator = Evaluator(recipe, prepare(recipe), tokenizer, world, folder)
-        results = evaluator.run(trainee, step, "run", recipe.evaluation.suites)
-    return [f"{name}: {json.dumps(result['metrics'])}" for name, result in results.items()]
+    with reopened(folder, overrides) as run:
+        evaluator = Evaluator(
+            run.recipe, prepare(run.recipe, tokenizer=run.tokenizer), run.tokenizer, run.world, folder
+        )
+        evaluator.check()
+        if overrides and run.recipe.evaluation.baseline == "base-model":
+            evaluator.run(run.trainee, None, "base", run.recipe.evaluation.suites)
+        results = evaluator.run(run.trainee, run.restore(), "run", run.recipe.evaluation.suites)
+    lines = []
+    for name, result in results.items():
+        lines.append(f"{name}: {json.dumps(result['metrics'])}")
+        lines += [f"  {verdict['summary']}" for verdict in result.get("verdicts", [])]
+    return lines
 
 
 def export_run(folder: Path, out: Path, merge: bool) -> dict[str, Any]:
     """Write the newest checkpoint as a Hugging Face folder; returns the parity report."""
-    with reopened(folder, []) as (recipe, trainee, tokenizer, _, step):
-        return export(trainee.network, tokenizer, out, merge=merge, recipe=recipe, step=step)
+    with reopened(folder, [], masters=True) as run:
+        step = run.restore()
+        return export(run.trainee.network, run.tokenizer, out, merge=merge, recipe=run.recipe, step=step)

@@ -116,6 +116,8 @@ class Run:
         """Measure the base model once, before the first step: the run's own weights are still those of the base."""
         if self.recipe.evaluation.baseline == "none" or self.step > 0 or not self.recipe.evaluation.suites:
             return
+        names = ", ".join(suite.name for suite in self.recipe.evaluation.suites)
+        self.tracker.event(self.step, "baseline", f"evaluating the base model: {names}")
         self.evaluator.run(self.engine.model, None, "base", self.recipe.evaluation.suites)
 
     def evaluate_if_due(self) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trainer.check import check_metrics, check_paths
 from trainer.config import Recipe, UserError, load_recipe
 from trainer.data.plan import Plan
 from trainer.data.prepare import Prepared, prepare
@@ -19,9 +20,8 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.engine import engine_kind
 from trainer.engine.base import Engine
 from trainer.evaluation.suites import Evaluator
-from trainer.measures import metric_named
 from trainer.model.build import build_trainee, packs, parameter_counts
-from trainer.model.load import DTYPES, base_digest, check_model_path
+from trainer.model.load import DTYPES, base_digest
 from trainer.optim import scaled_lr
 from trainer.run import Run, check_output, write_recipe
 from trainer.tracking import Tracker, open_run, read_run
@@ -29,16 +29,18 @@ from trainer.world import World, connected, environment_world
 
 log = logging.getLogger(__name__)
 
+WHOLE_STATE = {  # what cannot work on shards
+    "muon": "orthogonalises whole matrices, fsdp2 shards them",
+    "adamw8bit": "keeps blockwise state that a checkpoint cannot cut into ranges under fsdp2",
+}
 RUNTIME_KEYS = ("tracking", "checkpoint", "evaluation")  # what may change between a run and its resumption
 
 
 def preflight(recipe: Recipe) -> None:
     """Everything that can be known to be wrong before data are read or a model is loaded. Raises UserError."""
     check_output(Path(recipe.output))
-    check_model_path(recipe.model)
-    for suite in recipe.evaluation.suites:
-        for name in suite.metrics:
-            metric_named(name)
+    check_paths(recipe)
+    check_metrics(recipe)
 
 
 def is_finished(recipe: Recipe, fresh: bool) -> bool:
@@ -88,13 +90,15 @@ def open_session(recipe: Recipe, *, fresh: bool = False, console: bool = True) -
     preflight(recipe)
     folder, world = Path(recipe.output), environment_world()
     tokenizer = load_tokenizer(recipe.model)
-    sources = prepare(recipe)
+    sources = prepare(recipe, tokenizer=tokenizer)
+    evaluator = Evaluator(recipe, sources, tokenizer, world, folder)
+    evaluator.check()
     with connected(world):
         if fresh and world.is_main and folder.exists():
             shutil.move(folder, folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
         world.barrier()
         kind = engine_kind(recipe.engine, world.size)
-        trainee = build_trainee(recipe, kind, tokenizer.pad_token_id)
+        trainee = build_trainee(recipe, tokenizer.pad_token_id)
         facts = run_facts(recipe, trainee, sources)
         total, trainable = parameter_counts(trainee)
         packed = [packs(trainee, stage.batch.packing) for stage in recipe.stages]
@@ -123,7 +127,6 @@ def open_session(recipe: Recipe, *, fresh: bool = False, console: bool = True) -
             console=console,
             main=world.is_main,
         )
-        evaluator = Evaluator(recipe, sources, tokenizer, world, folder)
         status = "failed"
         try:
             run = Run(recipe, world, folder, engine, sources, evaluator, tracker, packed, tokenizer.pad_token_id, facts)
@@ -156,12 +159,19 @@ def build_engine(recipe: Recipe, trainee: Any, kind: str, world: World) -> Engin
 
         if world.size == 1:
             raise UserError("engine.kind: fsdp2: needs several processes; start with torchrun, or use `auto`")
+        for stage in recipe.stages:
+            if stage.optimizer.name in WHOLE_STATE:
+                raise UserError(
+                    f"optimizer.name: {stage.optimizer.name}: {WHOLE_STATE[stage.optimizer.name]}; use adamw or lion"
+                )
         return FSDP2Engine(trainee, first.optimizer, lr, recipe.engine, DTYPES[recipe.model.dtype], world)
+    if recipe.engine.cpu_offload or not recipe.engine.reshard_after_forward:
+        raise UserError("engine: cpu_offload and reshard_after_forward: only read by fsdp2; start several processes")
     if world.size > 1:
         raise UserError(f"engine.kind: single: started on {world.size} processes; use `auto` or `fsdp2`")
     from trainer.engine.single import SingleEngine
 
-    return SingleEngine(trainee, first.optimizer, lr, world)
+    return SingleEngine(trainee, first.optimizer, lr, world, DTYPES[recipe.model.dtype])
 
 
 def steps_of(recipe: Recipe, sources: Prepared) -> list[int]:

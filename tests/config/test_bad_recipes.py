@@ -163,7 +163,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     (suite(max_new_tokens=8), "evaluation.suites.0.max_new_tokens: 8:", "kind: generate"),
     (suite(batch=8), "evaluation.suites.0.batch: 8:", "kind: generate"),
     (suite(kind="generate", metrics=["bleu", "bleu"]), "evaluation.suites.0.metrics:", "twice"),
-    ({"evaluation": {"baseline": "none", "resamples": 5}}, "evaluation.resamples: 5:", "baseline: base-model"),
+    ({"evaluation": {"baseline": "none", "resamples": 500}}, "evaluation.resamples: 500:", "baseline: base-model"),
     ({"evaluation": {"suites": [], "every": 5}, "mixture": {"tickets": 1}}, "evaluation.every: 5:", "no suite"),
 ]
 

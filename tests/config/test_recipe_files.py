@@ -53,8 +53,8 @@ def fails(tmp_path: Path, text: str | bytes, *overrides: str) -> str:
     ("text", "value"),
     [
         ("3e-4", 3e-4), ("3E4", 3e4), ("-.5", -0.5), ("017", 17), ("0o17", 15), ("no", "no"), ("on", "on"),
-        ("off", "off"), ("yes", "yes"), ("true", True), ("~", None), ("2024-01-01", "2024-01-01"), ("1:30", "1:30"), ("=", "="),
-        ("'3e-4'", "3e-4"), ("[no, yes]", ["no", "yes"]), ("${HOME}", "${HOME}"), ("{a: }", {"a": None}),
+        ("off", "off"), ("yes", "yes"), ("true", True), ("~", None), ("2024-01-01", "2024-01-01"), ("1:30", "1:30"),
+        ("=", "="), ("'3e-4'", "3e-4"), ("[no, yes]", ["no", "yes"]), ("${HOME}", "${HOME}"), ("{a: }", {"a": None}),
     ],
 )  # fmt: skip
 def test_values_are_yaml_1_2(text: str, value: Any) -> None:
@@ -247,7 +247,7 @@ NUMBER = st.floats(1e-12, 1e3)
     steps=st.none() | st.integers(1, 10**9),
     names=st.lists(st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,20}\Z"), min_size=1, max_size=4, unique=True),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_dump_loads_back_equal(
     tmp_path_factory: pytest.TempPathFactory,
     system: str,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from data_cases import chat, write_jsonl
 
-from trainer.config import Recipe, build_recipe
+from trainer.config import Recipe, UserError, build_recipe
 from trainer.data import parallel
 from trainer.data import prepare as module
 from trainer.data.prepare import prepare
@@ -60,8 +60,10 @@ def test_damaged_cache_is_made_again(
     made = builds(monkeypatch)
     source = prepare(recipe_on(chats), tmp_path / "cache")["s"]
     ids = tmp_path / "cache" / source.key / "ids.npy"
+    whole = np.array(source.ids)
     ids.write_bytes(ids.read_bytes()[:-4])
-    assert np.array_equal(prepare(recipe_on(chats), tmp_path / "cache")["s"].ids, source.ids) and len(made) == 2
+    assert np.array_equal(prepare(recipe_on(chats), tmp_path / "cache")["s"].ids, whole)
+    assert len(made) == 2
 
 
 def test_counts_names_and_arrays(tmp_path: Path, recipe_on: Maker) -> None:
@@ -109,38 +111,35 @@ def test_workers_give_what_one_process_gives(
         assert np.array_equal(getattr(alone, name), getattr(together, name))
 
 
-RANK = """
-import sys
-from trainer.config import build_recipe, UserError
-from trainer.data import prepare as module
-import json, pathlib
-if __name__ == "__main__":
-    fill = module._fill
-    def noted(*arguments):
-        open(sys.argv[3], "a").write("x")
-        fill(*arguments)
-    module._fill = noted
+def rank(recipe: Recipe, tokenizer: Any, cache: Path, result: Path) -> None:
+    """One of several processes that prepare at once; notes whether it was the one that worked."""
+    fill, made = module._fill, []
+    module._fill = lambda *arguments: (made.append(1), fill(*arguments))  # type: ignore[assignment,func-returns-value]
     try:
-        print(len(module.prepare(build_recipe(json.loads(sys.argv[1])), pathlib.Path(sys.argv[2]))["s"]))
+        outcome = str(len(prepare(recipe, cache, tokenizer)["s"]))
     except UserError as error:
-        print(error)
-"""
+        outcome = str(error)
+    result.write_text(f"{len(made)} {outcome}")
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_two_processes_at_once(chats: Path, tmp_path: Path, recipe_on: Maker, broken: bool) -> None:
+def test_processes_at_once(chats: Path, tmp_path: Path, recipe_on: Maker, tokenizer: Any, broken: bool) -> None:
     if broken:
         with chats.open("a") as stream:
             stream.write("nonsense\n")
-    recipe = recipe_on(chats).model_dump(mode="json", exclude_unset=True)
-    command = [sys.executable, "-c", RANK, json.dumps(recipe), str(tmp_path / "cache"), str(tmp_path / "made")]
-    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [rank.communicate(timeout=60)[0].strip() for rank in ranks]
-    assert outputs[0] == outputs[1]
+    context, results = multiprocessing.get_context("fork"), [tmp_path / f"{number}.txt" for number in range(3)]
+    jobs = [(recipe_on(chats), tokenizer, tmp_path / "cache", result) for result in results]
+    ranks = [context.Process(target=rank, args=job) for job in jobs]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(30)
+    made, outcomes = zip(*(result.read_text().split(" ", 1) for result in results), strict=True)
+    assert len(set(outcomes)) == 1
     if broken:
-        assert "chats.jsonl:41:1:" in outputs[0]
+        assert "chats.jsonl:41:1:" in outcomes[0]
     else:
-        assert outputs[0] == "40" and (tmp_path / "made").read_text() == "x"
+        assert outcomes[0] == "40" and sorted(made) == ["0", "0", "1"]
     assert not list((tmp_path / "cache").glob(".building-*"))
 
 

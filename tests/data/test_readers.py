@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.config import Source, UserError
+from trainer.data import hub
 from trainer.data.json_stream import stream_list
 from trainer.data.readers import Row, read_rows
 
@@ -101,6 +104,18 @@ def test_a_hub_dataset_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> No
     source = Source(path="some-organisation/no-such-set", format="text")
     with pytest.raises(UserError, match=r"sources\.s\.path: some-organisation/no-such-set.*cannot be loaded"):
         list(read_rows(source, "sources.s.path"))
+
+
+def test_an_unreachable_hub_is_told_at_once_and_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    hub.offline_if_unreachable.cache_clear()
+    started = time.monotonic()
+    assert hub.offline_if_unreachable() and os.environ["HF_HUB_OFFLINE"] == "1"
+    assert time.monotonic() - started < hub.SECONDS + 1
+    hub.offline_if_unreachable.cache_clear()
 
 
 json_values = st.recursive(

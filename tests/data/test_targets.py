@@ -11,8 +11,9 @@ from data_cases import CHATML, SMOLLM2, TAGGED, THINKING, TOOLS, chat, make_toke
 from trainer.config import Source, UserError
 from trainer.data.encode import Encoded, Encoder, TooLong
 from trainer.data.formats import to_record
+from trainer.data.guard import TokenizerFault
 from trainer.data.readers import Row
-from trainer.data.template import TokenizerFault, render_limit
+from trainer.data.template import Chat
 
 
 def encoder_for(tokenizer: Any, objective: str = "supervised", max_length: int = 512, **source: Any) -> Encoder:
@@ -37,6 +38,7 @@ def marked(tokenizer: Any, example: Encoded) -> str:
     return "".join(pieces) + ("]" if inside else "")
 
 
+TRIMMING = CHATML.replace("message['content']", "message['content'] | trim")
 ONE = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n[yo<|im_end|>]\n"
 TWO = ONE + "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n[c<|im_end|>]\n"
 DEFAULT = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -89,6 +91,26 @@ def test_a_template_that_rewrites_earlier_turns_is_aligned_by_marker() -> None:
     )
 
 
+@pytest.mark.parametrize("template", [SMOLLM2, CHATML, TRIMMING])
+def test_the_quick_way_for_long_conversations_gives_what_the_slow_one_gives(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = chat("q", " a\n", "assistant\n", "b<|im_start|>", "q", "q", "<|im_end|>", "a", "x", "é\n\ny")
+    row["messages"][3]["weight"] = 0.5
+    encoder = encoder_for(make_tokenizer(template))
+    record = to_record(Row("f", 1, row), encoder.source)
+    seen: list[object] = []
+    together = Chat._together
+    monkeypatch.setattr(Chat, "_together", lambda *given: seen.append(together(*given)) or seen[-1])
+    (quick,) = encoder.encode([record])
+    assert isinstance(seen[-1], dict) and len(seen[-1]) == 5
+    monkeypatch.setattr("trainer.data.template.TOGETHER", 99)
+    (slow,) = encoder.encode([record])
+    assert seen[-1] is None
+    assert isinstance(quick, Encoded) and isinstance(slow, Encoded)
+    assert quick.weights.tolist() == slow.weights.tolist() and {0.0, 0.5, 1.0} == set(quick.weights.tolist())
+
+
 def test_spans_that_cannot_be_established_are_refused() -> None:
     doubling = CHATML.replace("message['content'] +", "message['content'] + message['content'] +")
     backwards = doubling.replace("for message in messages", "for message in messages | reverse")
@@ -96,6 +118,25 @@ def test_spans_that_cannot_be_established_are_refused() -> None:
     (result,) = encoder_for(make_tokenizer(backwards)).encode([record])
     assert isinstance(result, UserError)
     assert "f.jsonl:7:messages[1]" in str(result) and "{% generation %}" in str(result)
+
+
+def test_a_turn_that_the_next_header_ends_and_one_without_white_space() -> None:
+    glued = CHATML.replace("+ '<|im_end|>' + '\n'", "+ '<|im_end|>'")
+    text = marked(make_tokenizer(glued), encoded(encoder_for(make_tokenizer(glued)), chat("hi", "yo", "b", "c")))
+    assert "[yo<|im_end|>]<|im_start|>user" in text and text.endswith("[c<|im_end|>]")
+    endless = CHATML.replace("+ '<|im_end|>' + '\n'", "")
+    text = marked(make_tokenizer(endless), encoded(encoder_for(make_tokenizer(endless)), chat("hi", "yo", "b", "c")))
+    assert "[yo<|im_start|>]user\nb" in text and text.endswith("[c]")
+
+
+def test_a_template_that_prints_no_plain_strings_is_refused() -> None:
+    parts = CHATML.replace(
+        "message['content']", "(message['content'] | selectattr('text') | map(attribute='text') | join)"
+    )
+    (result,) = encoder_for(make_tokenizer(parts)).encode(
+        [to_record(Row("f.jsonl", 2, chat("hi", "yo")), Source(path="x", format="messages"))]
+    )
+    assert isinstance(result, UserError) and "f.jsonl:2:messages: the chat template prints nothing" in str(result)
 
 
 def test_tools_and_calls_reach_the_template_or_are_refused() -> None:
@@ -198,8 +239,7 @@ def test_a_tokenizer_without_template_or_end_is_told_with_the_remedy() -> None:
 
 
 def test_a_template_that_runs_away_or_fails_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.data.template.RENDER_SECONDS", 0.2)
-    monkeypatch.setattr(render_limit.__wrapped__, "__defaults__", (0.2,))  # type: ignore[attr-defined]
+    monkeypatch.setattr("trainer.data.guard.RENDER_SECONDS", 0.2)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(TokenizerFault, match=r"f.jsonl:1: the chat template runs for over"):
         encoded(encoder_for(make_tokenizer(endless)), chat("hi", "yo"))

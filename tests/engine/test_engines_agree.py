@@ -177,3 +177,22 @@ def test_pull_sees_clipped_gradients_and_changes_them() -> None:
     assert norm > 0.1
     assert math.sqrt(sum(seen)) == pytest.approx(0.1, rel=1e-4)
     assert whole_parameters(engine, World()) == before  # a zeroed gradient moves nothing
+
+
+def test_low_precision_copies_follow_fp32_masters() -> None:
+    """The model holds bf16; masters, moments and gradients are fp32, so tiny updates are not rounded away."""
+    engine = SingleEngine(build("full"), Optimizer(lr=1e-4, clip=None), 1e-4, World(), torch.bfloat16)
+    assert {p.dtype for p in engine.model.parameters()} == {torch.bfloat16}
+    before = whole_parameters(engine, World())
+    for seed in range(3):
+        batch = padded_batch(seed)
+        for last in (False, True):
+            engine.backward(engine.model(batch, plain_loss(batch)) / len(batch.targets), last=last)
+        masters = [slot.owner for slot in engine.slots()]
+        assert all(m.grad is not None and m.grad.dtype == torch.float32 for m in masters)
+        engine.step(1.0, pull=lambda slots: None)
+    after = whole_parameters(engine, World())
+    moved = [abs(a - b) for name in after for a, b in zip(after[name], before[name], strict=True) if a != b]
+    assert max(moved) == pytest.approx(3e-4, rel=0.3)  # 3 steps of lr: far below bf16's spacing of 4e-3 near 1
+    for parameter, master in engine._copies:
+        assert torch.equal(parameter, master.to(torch.bfloat16))

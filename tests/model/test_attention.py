@@ -34,7 +34,12 @@ DECODERS = {
         t.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0, eos_token_id=1)
     ),
 }
-DOCUMENTS = [torch.tensor([5, 9, 2, 33, 7, 18, 40]), torch.tensor([8]), torch.tensor([11, 3, 60, 22]), torch.arange(2, 14)]
+DOCUMENTS = [
+    torch.tensor([5, 9, 2, 33, 7, 18, 40]),
+    torch.tensor([8]),
+    torch.tensor([11, 3, 60, 22]),
+    torch.arange(2, 14),
+]
 
 
 def build(name):
@@ -203,13 +208,16 @@ def test_packing_support_names_the_reason():
 
 
 @settings(max_examples=25, deadline=None)
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4), groups=st.sampled_from([1, 3]), causal=st.booleans())
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4), groups=st.sampled_from([1, 3]), causal=st.booleans()
+)
 def test_documents_attention_against_plain_softmax(lengths, groups, causal):
     """The definition, softmax(scale q k^T) v with full scores, per document, in fp64; gradients too."""
     torch.manual_seed(sum(lengths))
     total, heads, shared, width = sum(lengths), 2 * groups, 2, 8
     query, key, value = (
-        torch.randn(1, total, h, width, dtype=torch.float64).transpose(1, 2).requires_grad_() for h in (heads, shared, shared)
+        torch.randn(1, total, h, width, dtype=torch.float64).transpose(1, 2).requires_grad_()
+        for h in (heads, shared, shared)
     )
     borders = [0]
     outputs = []

@@ -14,7 +14,7 @@ from trainer.config import UserError
 from trainer.config.schema import Model, Tuning
 from trainer.model.blocks import blocks
 from trainer.model.dropout import set_dropout
-from trainer.model.load import base_digest, check_model_path, load_network
+from trainer.model.load import base_digest, load_network
 from trainer.model.methods import apply_method
 from trainer.model.root import Trainee, verify_head
 
@@ -65,15 +65,6 @@ def test_loading_a_folder_gives_the_weights_and_a_classification_head_from_the_s
     heads = [load_network(settings, Tuning(), seed=1).score.weight for _ in range(2)]
     assert heads[0].shape == (2, 32)
     assert torch.equal(*heads)
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [("/nowhere/model", "no such folder"), ("/nowhere/x.gguf", "no such file"), ("/tmp", "has no config.json")],
-)
-def test_a_missing_model_is_named_before_anything_heavy(path: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        check_model_path(Model(path=path))
 
 
 @pytest.mark.slow  # reading 98 MB of quantised weights takes half a minute

@@ -1,6 +1,8 @@
 """An estimate of device memory, part by part, for a recipe and a number of ranks. Pure arithmetic, no torch.
 
-Left out: the CUDA context (about 0.5 GB), communication buffers, fragmentation of the allocator, generation's cache.
+Measured on a 4-layer Llama (width 256, 1024 tokens, AdamW; live tensors counted): 1.03 to 1.16 times the true peak for
+full tuning and LoRA in fp32 and bf16. Left out: the CUDA context (about 0.5 GB), communication buffers, fragmentation
+of the allocator, generation's cache.
 """
 
 from __future__ import annotations
@@ -134,10 +136,14 @@ def estimate(recipe: Recipe, facts: ModelFacts, ranks: int = 1, device: str = "c
     host: dict[str, int] = {}
     if sharded and recipe.engine.cpu_offload:
         host, kept = kept, {}
+    gradients = kept.get(
+        "gradients (fp32)", 0
+    )  # they grow as activations go, but lie beside those of a next micro-batch
+    repeated = any(accumulates(recipe, stage, ranks) for stage in recipe.stages)
     work: dict[str, int] = {}
     if sharded:
         work["gathered weights"] = gathered_bytes(recipe, facts, held)
-        if any(accumulates(recipe, stage, ranks) for stage in recipe.stages):
+        if repeated:
             work["gradients while accumulating"] = MASTER * count(held.trainable)  # whole until the last micro-batch
     elif recipe.model.dtype == "bfloat16":
         work["bf16 copies of trainable weights"] = 2 * count({n: s for n, s in held.trainable.items() if len(s) == 2})
@@ -152,7 +158,7 @@ def estimate(recipe: Recipe, facts: ModelFacts, ranks: int = 1, device: str = "c
         trainable=count(held.trainable),
         parts=kept | work,
         host=host,
-        total=sum(kept.values()) + max(sum(work.values()), update),
+        total=sum(kept.values()) - gradients + max(sum(work.values()) + repeated * gradients, gradients + update),
         loading=0 if host else loading,
     )
 
@@ -239,14 +245,14 @@ def _step_bytes(
     recipe: Recipe, stage: Stage, facts: ModelFacts, held: Parameters, ranks: int, device: str
 ) -> dict[str, int]:
     """Activations and logits of one micro-batch; every position is taken for a target."""
-    tokens, element = micro_tokens(recipe, stage, ranks), DTYPE_BYTES[recipe.model.dtype]
+    tokens = micro_tokens(recipe, stage, ranks)
     if recipe.model.kind == "classification":
         return {"activations": activation_bytes(recipe, facts, tokens)}
     rows = min(tokens, max(1, CHUNK_ELEMENTS[device] // max(facts.vocabulary, 1)))
     head = [name for name in held.trainable if facts.is_head(name) or (facts.tied and facts.is_embedding(name))]
     return {
         "activations": activation_bytes(recipe, facts, tokens),
-        "logits of one chunk": rows * facts.vocabulary * (8 + element),  # log-probabilities, gradient, its cast
+        "logits of one chunk": rows * facts.vocabulary * 8,  # two fp32 arrays at once: log-probabilities and gradient
         **({"gradient of the head": MASTER * count({name: held.trainable[name] for name in head})} if head else {}),
     }
 

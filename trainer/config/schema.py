@@ -165,7 +165,7 @@ class Evaluation(Section):
     suites: list[Suite] = Field([], description="What to evaluate.")
     baseline: Literal["base-model", "none"] = Field("base-model", description="What the run is compared with.")
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(0.95, description="Level of intervals.")
-    resamples: Count = Field(10_000, description="Bootstrap resamples.")
+    resamples: Annotated[int, Field(ge=100)] = Field(10_000, description="Bootstrap resamples.")
 
 
 class Checkpoint(Section):

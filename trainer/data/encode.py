@@ -11,7 +11,8 @@ import numpy as np
 from trainer.config.errors import UserError
 from trainer.config.schema import Source
 from trainer.data.formats import Record
-from trainer.data.template import Chat, Rendered, Span, TokenizerFault
+from trainer.data.guard import TokenizerFault
+from trainer.data.template import Chat, Rendered, Span
 
 SURE_TEXT = 1_000_000  # characters from which a text is measured by its size before it is tokenised
 
@@ -52,6 +53,7 @@ class Encoder:
         added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.specials = frozenset(added | set(tokenizer.all_special_ids))
         self.chat: Chat | None = None
+        self.known: dict[str, np.ndarray] = {}  # text -> ids, of the records at hand
         self.train_on = "all" if objective == "language-modeling" else source.train_on
         # A token never stands for more characters than its own text is long.
         self.longest_token = max(map(len, tokenizer.get_vocab()), default=1)
@@ -61,6 +63,7 @@ class Encoder:
 
         Raises TokenizerFault for what is no record's fault.
         """
+        self._tokenise_together(records)
         results: list[Encoded | TooLong | UserError | None] = []
         rendered: list[tuple[int, Rendered]] = []
         for record in records:
@@ -75,6 +78,17 @@ class Encoder:
                 ids = np.array(encoding.ids, dtype=np.int32)
                 results[place] = self._cut(ids, span_weights(encoding, chat, self.specials))
         return [result for result in results if result is not None]
+
+    def _tokenise_together(self, records: Sequence[Record]) -> None:
+        """Fill `known` with the ids of the plain texts of these records: one call costs as much as one text alone."""
+        texts = [record.text for record in records if record.text] + [
+            record.prompt for record in records if record.prompt
+        ]
+        texts += [record.prompt + (record.completion or "") for record in records if record.prompt]
+        texts = [text for text in dict.fromkeys(texts) if len(text) <= SURE_TEXT]
+        if texts:
+            given = self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+            self.known = {text: np.array(ids, np.int32) for text, ids in zip(texts, given, strict=True)}
 
     def _one(self, record: Record) -> Encoded | TooLong | Rendered | UserError:
         """The finished example, or the text of a conversation, which is tokenised with its neighbours."""
@@ -153,6 +167,8 @@ class Encoder:
         return ids if len(ids) and ids[-1] == end else np.append(ids, np.int32(end))
 
     def _ids(self, text: str, special: bool, pair: str | None = None) -> np.ndarray:
+        if special and pair is None and text in self.known:
+            return self.known[text]
         given = self.tokenizer(text, pair, add_special_tokens=special, return_attention_mask=False, verbose=False)
         return np.array(given["input_ids"], dtype=np.int32)
 
@@ -194,7 +210,7 @@ def span_weights(encoding: Any, chat: Rendered, specials: frozenset[int]) -> np.
     A token belongs to a span if its characters, white space around them apart, lie within it. Trailing white space
     behind the turn's last special token is no target: generation has stopped there.
     """
-    ids = encoding.ids
+    ids = encoding.ids  # each access makes a new list
     weights = np.zeros(len(ids), np.float32)
     if not len(ids):
         return weights
@@ -206,8 +222,8 @@ def span_weights(encoding: Any, chat: Rendered, specials: frozenset[int]) -> np.
             first += 1
         while first < last and _end(chat.text, starts[last - 1], ends[last - 1]) > span.end:
             last -= 1
-        if span.closes:
-            last = _closing(ids, starts, ends, chat.text, first, last, specials, span)
+        if span.close != "none":
+            last = _closed_at(ids, starts, chat, span, first, last, specials)
         weights[first:last] = span.weight
     return weights
 
@@ -220,22 +236,15 @@ def _end(text: str, start: int, end: int) -> int:
     return start + len(text[start:end].rstrip()) if text[start:end].strip() else end
 
 
-def _closing(
-    ids: Sequence[int],
-    starts: np.ndarray,
-    ends: np.ndarray,
-    text: str,
-    first: int,
-    last: int,
-    specials: frozenset[int],
-    span: Span,
+def _closed_at(
+    ids: Sequence[int], starts: np.ndarray, chat: Rendered, span: Span, first: int, last: int, specials: frozenset[int]
 ) -> int:
-    """Where the turn's targets end: behind its end-of-turn token, whether that lies in the span or follows it."""
-    place = last
-    while place > first and ids[place - 1] not in specials and not text[starts[place - 1] : ends[place - 1]].strip():
-        place -= 1
-    if place > first and ids[place - 1] in specials:
-        return place
-    if last < len(ids) and starts[last] == span.end and ids[last] in specials:
-        return last + 1
-    return last
+    """Where the turn's targets end: behind its end token, within the span or, where none is, right after it."""
+    if span.close == "within":
+        place = last
+        while place > first and ids[place - 1] not in specials and not chat.text[starts[place - 1] : span.end].strip():
+            place -= 1
+        if place > first and ids[place - 1] in specials:
+            return place
+    follows = last < len(ids) and starts[last] == span.end and ids[last] in specials
+    return last + 1 if follows else last

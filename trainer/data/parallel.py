@@ -19,7 +19,7 @@ from trainer.data.formats import to_record
 from trainer.data.readers import BadRow, Row
 
 CHUNK = 256  # rows that travel together
-ALONE = 8192  # rows done in this process first: starting workers costs seconds, most sources are smaller
+ALONE = 16384  # rows done in this process first: starting workers costs seconds, most sources are smaller
 MOST_WORKERS = 16  # reading the rows is one process's work, which feeds about that many
 
 Result = Encoded | TooLong | str  # an example, one over the limit, or a bad row's message

@@ -15,8 +15,9 @@ from trainer.config.schema import Recipe, Source, Stage, Suite
 from trainer.data.encode import Encoded, TooLong
 from trainer.data.files import content_digest, is_local, source_files
 from trainer.data.formats import check_source
+from trainer.data.hub import offline_if_unreachable
 from trainer.data.parallel import Job, process, refuse_import_time
-from trainer.data.readers import BadRow, Row, load_hub, read_rows
+from trainer.data.readers import BadRow, Row, is_dataset_folder, load_hub, read_rows
 from trainer.data.store import TokenisedSource, Writer, cache_folder, open_or_build
 from trainer.data.tokenizer import load_tokenizer, tokenizer_digest
 
@@ -105,7 +106,8 @@ def _fingerprint(name: str, source: Source) -> str:
     key = f"sources.{name}.path"
     if is_local(source.path, key):
         root = Path(source.path).expanduser()
-        if not (root / "dataset_info.json").is_file() and not (root / "dataset_dict.json").is_file():
+        if not is_dataset_folder(root):
+            _refuse_hub_keys(name, source)
             return content_digest(source_files(source.path, key))
     if source.revision is not None and len(source.revision) == 40:
         identity = f"{source.path}@{source.revision}"
@@ -116,12 +118,22 @@ def _fingerprint(name: str, source: Source) -> str:
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
+def _refuse_hub_keys(name: str, source: Source) -> None:
+    for key, default in (("split", "train"), ("subset", None), ("revision", None), ("streaming", False)):
+        value = getattr(source, key)
+        if value != default:
+            raise UserError(
+                f"sources.{name}.{key}: {value}: only read for hub datasets, {source.path} is local; remove it"
+            )
+
+
 def _commit(source: Source, key: str) -> str:
+    offline_if_unreachable()
     from huggingface_hub import HfApi  # only streamed hub data needs the hub itself
 
     try:
         return str(HfApi().dataset_info(source.path, revision=source.revision, timeout=8.0).sha)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the hub client lets its HTTP library's own errors through
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{key}: {source.path}: not found on the hub ({reason[:160]}); check the id or network"

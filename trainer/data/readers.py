@@ -13,6 +13,7 @@ from typing import Any
 from trainer.config.errors import UserError
 from trainer.config.schema import Source
 from trainer.data.files import MAX_LINE_BYTES, decode, is_local, kind_of, lines, source_files, text_chunks
+from trainer.data.hub import offline_if_unreachable
 from trainer.data.json_stream import DuplicateKey, parse_row, stream_list
 
 PARQUET_ROWS = 256  # rows held at once; a row group may be far larger
@@ -48,7 +49,7 @@ def read_rows(source: Source, key: str) -> Iterator[Row | BadRow]:
     """
     if is_local(source.path, key):
         root = Path(source.path).expanduser()
-        if root.is_dir() and not source.streaming and _is_dataset_folder(root):
+        if is_dataset_folder(root):
             rows = _read_hub(source, key)
         else:
             rows = _read_files(source_files(source.path, key), source.encoding)
@@ -57,7 +58,8 @@ def read_rows(source: Source, key: str) -> Iterator[Row | BadRow]:
     return itertools.islice(rows, source.limit)
 
 
-def _is_dataset_folder(root: Path) -> bool:
+def is_dataset_folder(root: Path) -> bool:
+    """Whether a folder was written by ``datasets``' `save_to_disk`."""
     return (root / "dataset_info.json").is_file() or (root / "dataset_dict.json").is_file()
 
 
@@ -185,17 +187,19 @@ def load_hub(source: Source, key: str) -> Any:
 
     Raises UserError where it, its subset, split or revision cannot be had.
     """
+    folder = Path(source.path).expanduser()
+    if not folder.exists():
+        offline_if_unreachable()
     import datasets  # 0.7 s, and only for hub data
 
-    folder = Path(source.path).expanduser()
     try:
-        if _is_dataset_folder(folder):
+        if is_dataset_folder(folder):
             loaded = datasets.load_from_disk(str(folder))
             return loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
         return datasets.load_dataset(
             source.path, name=source.subset, split=source.split, revision=source.revision, streaming=source.streaming
         )
-    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # the hub client lets its HTTP library's own errors through
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         asked = f"{source.path} (subset {source.subset}, split {source.split}, revision {source.revision})"
         raise UserError(

@@ -7,20 +7,17 @@ template rewrites earlier turns, the turn is replaced by a marker and nothing bu
 
 from __future__ import annotations
 
-import contextlib
 import re
-import signal
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from trainer.config.errors import UserError
 from trainer.data.chat import Message
 from trainer.data.formats import Record
+from trainer.data.guard import TokenizerFault, render_limit
 
-RENDER_SECONDS = 5.0  # one conversation renders in under a millisecond; the sandbox itself limits no time
+TOGETHER = 3  # from so many answers on, one marked rendering for all is cheaper than two for each
 MARK = "\ue000\uf8ff\ue000"  # private-use characters: no sane conversation holds them
 TAGS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 NOTES = ("weight", "raw_call")  # our own keys of a message, which templates must not see
@@ -30,13 +27,14 @@ NOTES = ("weight", "raw_call")  # our own keys of a message, which templates mus
 class Span:
     """Characters [start, end) of a rendered conversation and their target weight.
 
-    ``closes``: a special token that follows at once ends the turn and belongs to it.
+    ``close``: where the turn's end token may lie, which is a target too: `within` the span (behind it white space at
+    most) or else right after it, `after` alone, or `none` where the template has said it all.
     """
 
     start: int
     end: int
     weight: float
-    closes: bool = False
+    close: Literal["none", "within", "after"] = "none"
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,6 @@ def _shared(first: str, second: str) -> int:
     return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
-class TokenizerFault(UserError):
-    """A fault of the tokenizer or its template, the same for every row: no policy for bad rows may skip it."""
-
-
 class Chat:
     """A tokenizer's chat template, asked for text and spans.
 
@@ -65,6 +59,8 @@ class Chat:
 
     def __init__(self, tokenizer: Any, key: str) -> None:
         self.tokenizer, self.key = tokenizer, key
+        added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self.special_texts = tuple({*added, *tokenizer.all_special_tokens} - {""})
         if not tokenizer.chat_template:
             raise TokenizerFault(
                 f"{key}: conversations need a chat template and the tokenizer has none; "
@@ -85,14 +81,31 @@ class Chat:
             if train_on == "all":
                 return self._everything(record, messages)
             if TAGS.search(self.template(record.tools)):
-                return self._tagged(record, messages, train_on)
+                return self._said(record, self._tagged(record, messages, train_on))
             text = self._render(record, messages)
             turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
             if train_on == "last-assistant":
                 turns = turns[-1:]
             weights = {index: float(record.messages[index].get("weight", 1.0)) for index in turns}
-            spans = [self._span(record, messages, index, text, weights[index]) for index in turns if weights[index] > 0]
-            return Rendered(text, tuple(spans))
+            turns = [index for index in turns if weights[index] > 0]
+            if together := self._together(record, messages, turns, text):
+                spans = [Span(*together[index], weights[index], "after") for index in turns]
+            else:
+                spans = [self._span(record, messages, index, text, weights[index]) for index in turns]
+            return self._said(record, Rendered(text, tuple(spans)))
+
+    def _said(self, record: Record, chat: Rendered) -> Rendered:
+        """Refuse a template that prints nothing of an answer, as those for lists of parts do with plain strings."""
+        for span in chat.spans:
+            said = chat.text[span.start : span.end]
+            for token in self.special_texts:
+                said = said.replace(token, "")
+            if not said.strip():
+                raise UserError(
+                    f"{record.place}:messages: the chat template prints nothing of an answer; "
+                    "set `model.chat_template` to one for text content"
+                )
+        return chat
 
     def prompt(self, record: Record) -> tuple[str, str]:
         """(text before the last assistant turn with the generation prompt, that turn's content)."""
@@ -146,14 +159,52 @@ class Chat:
                 "mend the row, or set `model.chat_template`"
             ) from error
 
+    def _together(
+        self, record: Record, messages: list[Message], turns: list[int], text: str
+    ) -> dict[int, tuple[int, int]] | None:
+        """{turn: [start, end)} of all answers from one rendering with markers, or None where it proves nothing.
+
+        Proof: the text is the marked one with each marker replaced by its answer; each answer follows the very text
+        of the generation prompt and is followed by a special token. Otherwise each turn is looked at by itself.
+        """
+        answers = [messages[index]["content"] for index in turns]
+        if len(turns) < TOGETHER or any(not answer or MARK[0] in answer for answer in answers):
+            return None
+        if any("tool_calls" in messages[index] for index in turns):
+            return None
+        marked = list(messages)
+        for index in turns:
+            marked[index] = {**messages[index], "content": MARK}
+        try:
+            pieces = self._render(record, marked).split(MARK)
+            bare = self._render(record, messages[: turns[-1]])
+            before = self._render(record, messages[: turns[-1]], add_generation_prompt=True)
+        except TokenizerFault:
+            raise
+        except UserError:
+            return None
+        if len(pieces) != len(turns) + 1 or not before.startswith(bare) or MARK[0] in text:
+            return None
+        header, found, at = before[len(bare) :], {}, 0
+        for index, answer, piece, after in zip(turns, answers, pieces, pieces[1:], strict=False):
+            start = at + len(piece)
+            said = answer if text.startswith(answer + after, start) else answer.strip()
+            found[index] = (start, start + len(said))
+            proven = text.startswith(piece, at) and text.startswith(said + after, start)
+            if not (proven and piece.endswith(header) and after.startswith(self.special_texts)):
+                return None
+            at = start + len(said)
+        return found if len(before) == found[turns[-1]][0] and text[at:] == pieces[-1] else None
+
     def _span(self, record: Record, messages: list[Message], index: int, text: str, weight: float) -> Span:
-        found = self._by_prefix(record, messages, index, text) or self._by_marker(record, messages, index, text)
-        if found is None:
-            raise UserError(
-                f"{record.place}:messages[{index}]: cannot tell which text of the chat template is this answer; "
-                "add `{% generation %}` tags to the template (model.chat_template), or `train_on: all`"
-            )
-        return Span(*found, weight, closes=True)
+        if found := self._by_prefix(record, messages, index, text):
+            return Span(*found, weight, "within")
+        if found := self._by_marker(record, messages, index, text):
+            return Span(*found, weight, "after")
+        raise UserError(
+            f"{record.place}:messages[{index}]: cannot tell which text of the chat template is this answer; "
+            "add `{% generation %}` tags to the template (model.chat_template), or `train_on: all`"
+        )
 
     def _by_prefix(self, record: Record, messages: list[Message], index: int, text: str) -> tuple[int, int] | None:
         """[start, end) if the text before and through the turn are prefixes of the whole, else None."""
@@ -239,28 +290,3 @@ class Chat:
             weights = weights[:1] * len(blocks[0])
         spans = [Span(block[0], block[1], weight) for block, weight in zip(blocks[0], weights, strict=True)]
         return Rendered(texts[0], tuple(span for span in spans if span.weight > 0 and span.end > span.start))
-
-
-@contextlib.contextmanager
-def render_limit(place: str, seconds: float = RENDER_SECONDS) -> Iterator[None]:
-    """Stop a template that runs away, by an alarm; without effect outside a process's main thread.
-
-    Raises TokenizerFault. An alarm that was set before goes on afterwards.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise TokenizerFault(f"{place}: the chat template runs for over {seconds:g} s; mend `model.chat_template`")
-
-    handler = signal.signal(signal.SIGALRM, stop)
-    started = time.monotonic()
-    earlier, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-        if earlier:
-            signal.setitimer(signal.ITIMER_REAL, max(earlier - (time.monotonic() - started), 1e-3))

@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer.config.errors import UserError
 from trainer.config.schema import Model
+from trainer.data.hub import offline_if_unreachable
 
 MAX_TEMPLATE_BYTES = 64 << 10  # the longest published templates are under 20 KiB
 
@@ -41,6 +42,8 @@ def _load(model: Model) -> Any:
         raise UserError(f"model.path: {model.path}: no such file or folder; check the path or give a hub id")
     if path.is_dir() and not any(path.glob("*.json")) and not any(path.glob("*.model")):
         raise UserError(f"model.path: {model.path}: the folder holds no tokenizer; save one there (tokenizer.json)")
+    if not path.exists():
+        offline_if_unreachable()
     from transformers import AutoTokenizer  # seconds: only once the path is known to be good
 
     options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
@@ -51,7 +54,7 @@ def _load(model: Model) -> Any:
         place, options["gguf_file"] = str(path.parent), path.name
     try:
         return AutoTokenizer.from_pretrained(place, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+    except Exception as error:  # the hub client and the tokenizers' own parser raise errors of any kind
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"model.path: {model.path}: its tokenizer cannot be loaded ({reason[:200]}); check the path, id or network"

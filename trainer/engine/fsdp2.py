@@ -19,7 +19,6 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from trainer.config import UserError
 from trainer.config.schema import Engine as EngineSettings
 from trainer.config.schema import Optimizer
 from trainer.engine.base import Pull, Slot
@@ -65,12 +64,6 @@ class FSDP2Engine:
     def __init__(
         self, model: Trainee, settings: Optimizer, lr: float, engine: EngineSettings, dtype: torch.dtype, world: World
     ) -> None:
-        if settings.name == "muon":
-            raise UserError(
-                "optimizer.name: muon: needs whole matrices, fsdp2 shards them; use `engine.kind: single` or adamw"
-            )
-        if not engine.cpu_offload:
-            model.to(world.device)
         model.device_type = world.device.type
         shard(model, engine, dtype, world)
         self.model = model

@@ -1,4 +1,4 @@
-"""Public ops. Each has one name, one plain reference that defines it, and a switch by which a test picks the implementation.
+"""Public ops. Each has one name, one plain reference that defines it, and a switch for tests.
 
 An implementation that is asked for by name runs or fails; nothing falls back in silence.
 """
@@ -61,12 +61,14 @@ def linear_cross_entropy(
     """Weighted, label-smoothed cross entropy of a linear head, summed over positions; logits exist a chunk at a time.
 
     `hidden` (T, d), `weight` (V, d) and `bias` (V,) or None of one dtype (under autocast, the autocast dtype is used),
-    `targets` (T,) long in [0, V), `weights` (T,) float per position, which is not differentiated. `softcap` c replaces logits z
-    by c * tanh(z / c) (Gemma 2). `chunk` is the number of positions whose logits exist at once; None chooses by vocabulary.
+    `targets` (T,) long in [0, V), `weights` (T,) float per position, which is not differentiated. `softcap` c replaces
+    logits z by c * tanh(z / c) (Gemma 2). `chunk` is the number of positions whose logits exist at once; None chooses
+    by vocabulary and device.
 
     Returns `LinearCrossEntropy`: `loss` = sum_i w_i [(1 - s) nll_i + s mean_v(-log p_iv)] (Szegedy et al. 2016,
     arXiv 1512.00567, section 7) in nats, fp32 (fp64 for fp64 input), differentiable in hidden, weight and bias, once;
-    `nll` = sum_i w_i nll_i, detached; `correct` = the count of positions with w_i != 0 whose largest logit is the target's.
+    `nll` = sum_i w_i nll_i, detached; `correct` = the count of positions with w_i != 0 whose largest logit is the
+    target's.
     T == 0 gives zeros that are connected to `hidden`.
 
     Raises ValueError for shapes that do not fit or a smoothing outside [0, 1].

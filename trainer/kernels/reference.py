@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class LinearCrossEntropy(NamedTuple):
-    """Sums over positions: `loss` () differentiable, in nats; `nll` () unsmoothed and detached; `correct` () count, long."""
+    """Sums over positions: `loss` (), in nats; `nll` (), unsmoothed, detached; `correct` (), a count, long."""
 
     loss: Tensor
     nll: Tensor

@@ -1,8 +1,8 @@
 """Padding-free attention: the documents of a micro-batch lie in one row and never see each other.
 
-Registered in transformers' attention interface under `NAME`. Where a forward carries the lengths (`cu_seq_lens_q` and its
-kin, named as transformers names them for flash attention) attention runs per document and no mask exists; every other
-forward (generation with a cache, padded batches) is the stock sdpa function with the stock sdpa mask.
+Registered in transformers' attention interface under `NAME`. Where a forward carries the lengths (`cu_seq_lens_q` and
+its kin, named as transformers names them for flash attention) attention runs per document and no mask exists; every
+other forward (generation with a cache, padded batches) is the stock sdpa function with the stock sdpa mask.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def varlen_attention(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of `query` (1, H, T, D) over `key`, `value` (1, G, T, D) inside each document; returns (1, T, H, D), None.
+    """Attention of `query` (1, H, T, D) over `key`, `value` (1, G, T, D) inside each document: (1, T, H, D), None.
 
     Documents are [cu_seq_lens_q[i], cu_seq_lens_q[i + 1]); both borders are the same tensor (n + 1,) int32 from 0 to T.
     Without them: transformers' sdpa. Raises RuntimeError where a packed forward lost its lengths on the way and
@@ -121,7 +121,9 @@ def varlen_attention(
     """
     if cu_seq_lens_q is None:
         if _packed.get():
-            raise RuntimeError(f"{type(module).__name__} was not handed the lengths of its packed batch: it cannot pack")
+            raise RuntimeError(
+                f"{type(module).__name__} was not handed the lengths of its packed batch: it cannot pack"
+            )
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
         )
@@ -131,7 +133,9 @@ def varlen_attention(
     if attention_mask is not None:
         raise ValueError("packed attention takes no mask")
     if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
-        raise ValueError(f"packed queries {tuple(query.shape)} over keys {tuple(key.shape)}: want one row without cache")
+        raise ValueError(
+            f"packed queries {tuple(query.shape)} over keys {tuple(key.shape)}: want one row without cache"
+        )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     longest = query.shape[2] if max_length_q is None else int(max_length_q)
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
@@ -174,7 +178,7 @@ def _document(
 
 
 def _flash_varlen(query: Tensor, value: Tensor, dropout: float) -> Callable[..., Tensor] | None:
-    """torch's own varlen flash attention where it can run these tensors (CUDA, half precision, no dropout), else None."""
+    """torch's varlen flash attention where it can run these tensors (CUDA, half precision, no dropout), else None."""
     if not query.is_cuda or dropout or query.dtype not in (torch.bfloat16, torch.float16):
         return None
     if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256:
@@ -188,10 +192,17 @@ def _flash_varlen(query: Tensor, value: Tensor, dropout: float) -> Callable[...,
 
 
 def _call_varlen(varlen_attn: Callable[..., Any], known: frozenset[str]) -> Callable[..., Tensor]:
-    """One call for each of varlen_attn's signatures: causality by `is_causal` or by `window_size`, GQA by flag or repeat."""
+    """One call for varlen_attn's signatures: causality by `is_causal` or `window_size`, GQA by flag or repeat."""
 
     def call(
-        query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, scale: float, causal: bool, window: Any
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        borders: Tensor,
+        longest: int,
+        scale: float,
+        causal: bool,
+        window: Any,
     ) -> Tensor:
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
         options: dict[str, Any] = {"scale": scale}
@@ -204,9 +215,11 @@ def _call_varlen(varlen_attn: Callable[..., Any], known: frozenset[str]) -> Call
             reach = -1 if window is None else window - 1
             options["window_size"] = (reach, 0 if causal else reach)
         elif window is not None:
-            raise ValueError("this torch's varlen_attn has no sliding window; use a newer torch or batch.packing: padded")
+            raise ValueError(
+                "this torch's varlen_attn has no sliding window; use a newer torch or batch.packing: padded"
+            )
         else:
             options["is_causal"] = causal
-        return varlen_attn(query, key, value, borders, borders, longest, longest, **options)[None]  # type: ignore[no-any-return]
+        return varlen_attn(query, key, value, borders, borders, longest, longest, **options)[None]
 
     return call

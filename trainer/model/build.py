@@ -11,14 +11,14 @@ from trainer.config import Recipe, UserError
 from trainer.model.attention import enable, packing_support
 from trainer.model.blocks import blocks
 from trainer.model.dropout import set_dropout
-from trainer.model.load import DTYPES, load_network
+from trainer.model.load import load_network
 from trainer.model.methods import apply_method
 from trainer.model.root import Trainee, verify_head
 
 log = logging.getLogger(__name__)
 
 
-def build_trainee(recipe: Recipe, engine: str, pad_id: int) -> Trainee:
+def build_trainee(recipe: Recipe, pad_id: int) -> Trainee:
     """load -> attention -> head check -> dropout -> method -> activation checkpointing -> root; on the CPU,
     unsharded."""
     settings = recipe.model
@@ -32,9 +32,7 @@ def build_trainee(recipe: Recipe, engine: str, pad_id: int) -> Trainee:
     if recipe.engine.activation_checkpointing:
         base = getattr(network, "get_base_model", lambda: network)()
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    masters = any(p.requires_grad and p.dtype != DTYPES[settings.dtype] for p in network.parameters())
-    autocast = DTYPES[settings.dtype] if masters and engine == "single" else None
-    return Trainee(network, autocast).train()
+    return Trainee(network).train()
 
 
 def choose_attention(network: Any, recipe: Recipe) -> None:

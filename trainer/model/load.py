@@ -115,23 +115,6 @@ def _plain(network: Any) -> nn.Module:
     return plain.eval()
 
 
-def check_model_path(settings: Model) -> None:
-    """Find a missing model before anything heavy is imported; hub ids are left to the hub.
-
-    Raises UserError for a local path without a model.
-    """
-    path = Path(settings.path).expanduser()
-    if path.suffix == ".gguf" and not path.is_file():
-        raise UserError(f"model.path: {settings.path!r}: no such file; give a .gguf file, a folder or a hub id")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"model.path: {settings.path!r}: the folder has no config.json; give a model's folder")
-    local = settings.path.startswith(("/", ".", "~")) or settings.path.count("/") > 1
-    if local and not path.exists():
-        raise UserError(
-            f"model.path: {settings.path!r}: no such folder; give a folder, a .gguf file or a hub id (owner/name)"
-        )
-
-
 def base_digest(network: nn.Module) -> str:
     """SHA-256 over names, shapes and a strided sample of the base weights: tells another base model, not every
     flipped bit."""

@@ -1,7 +1,7 @@
-"""One autograd function for a LoRA linear layer: y = x W^T + b + s dropout(x) A^T B^T (Hu et al. 2021, arXiv 2106.09685).
+"""One autograd function for a LoRA layer: y = x W^T + b + s dropout(x) A^T B^T (Hu et al. 2021, arXiv 2106.09685).
 
-peft computes the same from eight operations, each of which writes a tensor of the layer's output size or saves another copy of
-its input. FIGURES
+peft computes the same from eight operations, each of which writes a tensor of the layer's output size or saves another
+copy of its input. FIGURES
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 def fuse_lora(model: nn.Module) -> int:
     """Let every eligible peft LoRA layer of `model` compute by one function; returns the number of layers changed.
 
-    Eligible: plain or rank-stabilised LoRA over nn.Linear with a frozen weight, no bias in the adapter, no variant (DoRA ...).
-    Parameters, names, saving and merging stay peft's, and at each call a layer that is disabled, merged, or has other than
-    one active adapter runs peft's own forward. Products run in the input's dtype (the autocast dtype under autocast)
-    whatever the dtype of the adapter's masters, whose gradients come in their own dtype.
+    Eligible: plain or rank-stabilised LoRA over nn.Linear with a frozen weight, no bias in the adapter, no variant
+    (DoRA ...). Parameters, names, saving and merging stay peft's, and at each call a layer that is disabled, merged, or
+    has other than one active adapter runs peft's own forward. Products run in the input's dtype (the autocast dtype
+    under autocast) whatever the dtype of the adapter's masters, whose gradients come in their own dtype.
     """
     layers = [module for module in model.modules() if eligible(module)]
     for layer in layers:
@@ -34,7 +34,13 @@ def eligible(layer: nn.Module) -> bool:
         return False
     plain_dropout = all(type(d) in (nn.Identity, nn.Dropout) for d in layer.lora_dropout.values())
     frozen = not any(p.requires_grad for p in layer.get_base_layer().parameters())
-    return plain_dropout and frozen and not layer.fan_in_fan_out and not layer.lora_variant and not any(layer.lora_bias.values())
+    return (
+        plain_dropout
+        and frozen
+        and not layer.fan_in_fan_out
+        and not layer.lora_variant
+        and not any(layer.lora_bias.values())
+    )
 
 
 class FusedLoraLinear(LoraLinear):
@@ -56,7 +62,14 @@ class FusedLoraLinear(LoraLinear):
             noise = torch.empty_like(x).bernoulli_(keep).bool().view(-1, x.shape[-1])
         rows = x.reshape(-1, x.shape[-1])  # (T, in)
         y = _LoraLinear.apply(
-            rows, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], noise, keep
+            rows,
+            base.weight,
+            base.bias,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            self.scaling[name],
+            noise,
+            keep,
         )
         return y.view(*x.shape[:-1], y.shape[-1])
 

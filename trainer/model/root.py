@@ -7,7 +7,6 @@ that. So whatever touches the head's weight is a `readout` that the root calls.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -22,17 +21,11 @@ Readout = Callable[[Tensor, nn.Module], Result]
 
 
 class Trainee(nn.Module):
-    """A Hugging Face network (or its PeftModel) with one forward for training and evaluation.
+    """A Hugging Face network (or its PeftModel) with one forward for training and evaluation."""
 
-    `autocast` is the arithmetic where trainable parameters are kept in fp32 but compute runs lower; None where the
-    engine
-    casts by itself (FSDP2) or nothing needs it.
-    """
-
-    def __init__(self, network: nn.Module, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.autocast = autocast
         base = getattr(network, "get_base_model", lambda: network)()
         self.config: Any = base.config
         self.device_type = "cpu"
@@ -56,21 +49,14 @@ class Trainee(nn.Module):
             return nn.Identity()
         return self.base.score if self.classifies else self.base.get_output_embeddings()
 
-    def precision(self) -> AbstractContextManager[Any]:
-        """The autocast context of one forward."""
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.device_type, dtype=self.autocast)
-
     def forward(self, batch: Batch, readout: Readout[Result]) -> Result:
         """`readout` of the hidden states (targets, width) at `batch.target_index` and the head."""
-        with self.precision():
-            if self.encoder:
-                logits = self.base(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
-                return readout(logits[batch.target_example], self.head)
-            hidden = self.hidden(batch)
-            selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.target_index)
-            return readout(selected, self.head)
+        if self.encoder:
+            logits = self.base(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
+            return readout(logits[batch.target_example], self.head)
+        hidden = self.hidden(batch)
+        selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.target_index)
+        return readout(selected, self.head)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states (rows, length, width)."""
@@ -85,7 +71,7 @@ class Trainee(nn.Module):
 
     def generate(self, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
         """Greedy or sampled continuation (rows, length + new) of left-padded prompts; a forward method for sharding."""
-        with self.precision(), torch.no_grad():
+        with torch.no_grad():
             return self.network.generate(input_ids=ids, attention_mask=mask, **options)  # type: ignore[operator]
 
 
@@ -122,13 +108,12 @@ def verify_head(trainee: Trainee, tolerance: float = 1e-2) -> None:
     device = next(trainee.parameters()).device
     ids = torch.arange(1, 9, device=device)[None] % trainee.config.get_text_config().vocab_size
     positions = torch.arange(8, device=device)[None]
-    with trainee.precision():
-        backbone = getattr(trainee.base, trainee.base.base_model_prefix)
-        hidden = backbone(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-        logits = trainee.head(hidden).float()
-        cap = logit_softcap(trainee.config)
-        logits = cap * torch.tanh(logits / cap) if cap else logits
-        expected = trainee.base(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+    backbone = getattr(trainee.base, trainee.base.base_model_prefix)
+    hidden = backbone(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    logits = trainee.head(hidden).float()
+    cap = logit_softcap(trainee.config)
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    expected = trainee.base(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
     trainee.train(was_training)
     logits = logits[:, -1] if expected.dim() == 2 else logits
     difference = (logits - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
