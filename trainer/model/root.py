@@ -71,8 +71,14 @@ class Trainee(nn.Module):
 
     def generate(self, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
         """Greedy or sampled continuation (rows, length + new) of left-padded prompts; a forward method for sharding."""
-        with torch.no_grad():
-            return self.network.generate(input_ids=ids, attention_mask=mask, **options)  # type: ignore[operator]
+        # The network hands its head the last position as a strided view; on a CPU the product then copies the head's
+        # weight once for each row of the batch: 0.7 s of a 1.9 s prefill for 8 rows of a 135M model.
+        compact = self.head.register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(), *inputs[1:]))
+        try:
+            with torch.no_grad():
+                return self.network.generate(input_ids=ids, attention_mask=mask, **options)  # type: ignore[operator]
+        finally:
+            compact.remove()
 
 
 def _has_class_head(base: nn.Module) -> bool:
