@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 WORKERS ?= 2
+# More words for `tunesmith demo`: --folder, overrides of the recipe.
+DEMO ?=
 
 .PHONY: help demo test test-slow test-gpu lint format bench install clean
 
@@ -16,10 +18,10 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## install, fine-tune a real model on support tickets, evaluate, report (minutes on two CPU cores)
-	$(BIN)/tunesmith demo
+	$(BIN)/tunesmith demo $(DEMO)
 
 test: lint ## lint, types, floors, and the ordinary test lane
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 test-slow: $(STAMP) ## the tests that take over 20 seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow

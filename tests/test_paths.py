@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer, write_chats
+from tiny import byte_tokenizer, write_chats
 from test_resume import identical, run_until
 from test_same_numbers import outcome, run_here
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import next_port, run_ranks
+from tiny import next_port, run_ranks
 from ruamel.yaml import YAML
 from test_same_numbers import CUTS, Outcome, outcome, recipe_for, run_here
 

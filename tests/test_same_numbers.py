@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import next_port, run_ranks
+from tiny import next_port, run_ranks
 
 from trainer.checkpoint.manifest import newest
 from trainer.config import build_recipe

@@ -19,7 +19,7 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.engine.single import SingleEngine
 from trainer.evaluation.suites import Evaluator
 from trainer.model.build import build_trainee
-from trainer.model.load import DTYPES
+from trainer.model.load import DTYPES, base_digest
 from trainer.model.root import Trainee
 from trainer.world import World, connected, environment_world
 
@@ -34,10 +34,18 @@ class Reopened:
     world: World
     checkpoints: Path
     engine: SingleEngine
+    digest: str  # of the base model and the method's first parameters
 
     def restore(self) -> int:
         """Read the newest good checkpoint's weights; returns its step."""
-        return load(self.checkpoints, self.engine, self.world, optimizer=False).step
+        return load(self.checkpoints, self.engine, self.world, self._check_base, optimizer=False).step
+
+    def _check_base(self, state: dict[str, Any]) -> None:
+        """An adapter over another base would load without a word and mean nothing."""
+        if state.get("base_digest") != self.digest:
+            raise UserError(
+                f"model.path: {self.recipe.model.path}: is not the base model that this run was trained on; restore it"
+            )
 
 
 @contextmanager
@@ -52,10 +60,11 @@ def reopened(folder: Path, overrides: list[str], masters: bool = False) -> Itera
     tokenizer = load_tokenizer(recipe.model)
     with connected(world):
         trainee = build_trainee(recipe, tokenizer.pad_token_id)
+        digest = base_digest(trainee)  # before the engine puts low-precision copies in
         settings = recipe.stages[-1].optimizer
         dtype = torch.float32 if masters else DTYPES[recipe.model.dtype]
         engine = SingleEngine(trainee, settings, settings.lr, world, dtype)
-        yield Reopened(recipe, trainee, tokenizer, world, folder / "checkpoints", engine)
+        yield Reopened(recipe, trainee, tokenizer, world, folder / "checkpoints", engine, digest)
 
 
 def evaluate_run(folder: Path, overrides: list[str]) -> list[str]:

@@ -126,7 +126,7 @@ class Run:
         if due:
             self.evaluate(due)
 
-    def evaluate(self, suites: list[Any]) -> None:
+    def evaluate(self, suites: list[Any], watch: bool = True) -> None:
         """Evaluate the current weights on suites, record, and let the watchers see the metrics."""
         results = self.evaluator.run(self.engine.model, self.step, "run", suites)
         metrics = {name: result["metrics"] for name, result in results.items()}
@@ -134,7 +134,8 @@ class Run:
             self.tracker.eval({"step": self.step, "stage": self.stage.name, "suite": name, "metrics": values})
         if len(suites) == len(self.recipe.evaluation.suites):
             self.last_evaluated = self.step
-        self._watch(metrics)
+        if watch:
+            self._watch(metrics)
 
     def _watch(self, metrics: dict[str, dict[str, float]]) -> None:
         schedule = self.stage.schedule
@@ -228,7 +229,7 @@ def finish(run: Run) -> None:
     """The end of the last stage: final checkpoint, final evaluation."""
     run.save()
     if run.last_evaluated != run.step and run.recipe.evaluation.suites:
-        run.evaluate(run.recipe.evaluation.suites)
+        run.evaluate(run.recipe.evaluation.suites, watch=False)
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -128,12 +128,15 @@ def open_session(recipe: Recipe, *, fresh: bool = False, console: bool = True) -
             main=world.is_main,
         )
         status = "failed"
+        run = Run(recipe, world, folder, engine, sources, evaluator, tracker, packed, tokenizer.pad_token_id, facts)
         try:
-            run = Run(recipe, world, folder, engine, sources, evaluator, tracker, packed, tokenizer.pad_token_id, facts)
             run.stop.install()
             run.resume()
             yield run
             status = run.status
+        except BaseException as error:
+            tracker.event(run.step, "failed", str(error) or type(error).__name__)
+            raise
         finally:
             tracker.close(status)
 

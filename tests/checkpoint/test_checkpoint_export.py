@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer
+from tiny import byte_tokenizer
 from safetensors.torch import load_file
 
 from trainer.checkpoint import export as exporting

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_ranks, tiny_llama
+from tiny import run_ranks, tiny_llama
 from torch import Tensor, nn
 
 from trainer.checkpoint import load, save, verify

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CHATML, byte_tokenizer, tiny_llama
+from tiny import CHATML, byte_tokenizer, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer, run_ranks, tiny_llama, write_chats
+from tiny import byte_tokenizer, run_ranks, tiny_llama, write_chats
 from torch import nn
 
 from trainer.config import Recipe, RunError, UserError, build_recipe

@@ -237,6 +237,22 @@ def test_documents_attention_against_plain_softmax(lengths, groups, causal):
         torch.testing.assert_close(mine, reference, atol=1e-10, rtol=1e-8)
 
 
+@pytest.mark.parametrize("lengths", [[40, 7, 120], [30, 430]])
+def test_documents_attention_in_bf16(lengths):
+    """Below and above the length from which the backward keeps its dtype, against fp64."""
+    torch.manual_seed(0)
+    borders = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    inputs = [torch.randn(1, heads, borders[-1], 16, dtype=torch.bfloat16) for heads in (6, 2, 2)]
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        output = documents_attention(*leaves, borders, 0.25, True)
+        results.append((output, *torch.autograd.grad(output.square().sum(), leaves)))
+    for mine, reference in zip(*results, strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert (mine.double() - reference).norm() / reference.norm() < 1e-2
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", DECODERS)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_llama
+from tiny import byte_tokenizer, tiny_llama
 from torch import nn
 
 from trainer.config import UserError

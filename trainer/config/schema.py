@@ -69,7 +69,9 @@ class ScaleLR(Section):
 class Optimizer(Section):
     name: Literal["adamw", "adamw8bit", "sgd", "lion", "muon"] = Field("adamw", description="Update rule.")
     lr: Positive = Field(2.0e-4, description="Peak learning rate.")
-    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Decoupled decay; never on norms, biases.")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="Decay, decoupled (for sgd coupled, L2); never on norms, biases."
+    )
     betas: tuple[Share, Share] = Field(
         (0.9, 0.999), description="adamw, adamw8bit, lion (muon: what is no matrix): decay of the moments."
     )

@@ -68,5 +68,5 @@ def table(rows: Sequence[Mapping[str, Any]], name_a: str = "A", name_b: str = "B
             outcome[row["better"]],
         )
     text = io.StringIO()
-    Console(file=text, width=shutil.get_terminal_size((120, 40)).columns, no_color=True).print(drawn)
+    Console(file=text, width=max(120, shutil.get_terminal_size((120, 40)).columns), no_color=True).print(drawn)
     return text.getvalue()

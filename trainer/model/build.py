@@ -12,6 +12,7 @@ from trainer.model.attention import enable, packing_support
 from trainer.model.blocks import blocks
 from trainer.model.dropout import set_dropout
 from trainer.model.load import load_network
+from trainer.model.lora_fused import fuse_lora
 from trainer.model.methods import apply_method
 from trainer.model.root import Trainee, verify_head
 
@@ -29,6 +30,7 @@ def build_trainee(recipe: Recipe, pad_id: int) -> Trainee:
     layers = blocks(network)
     set_dropout(network, settings, layers)
     network = apply_method(network, recipe.tuning, layers, recipe.seed)
+    log.info("LoRA layers fused: %d", fuse_lora(network) if recipe.tuning.method == "lora" else 0)
     if recipe.engine.activation_checkpointing:
         base = getattr(network, "get_base_model", lambda: network)()
         base.gradient_checkpointing_enable({"use_reentrant": False})

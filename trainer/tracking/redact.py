@@ -64,8 +64,15 @@ def is_secret_key(key: str) -> bool:
 
 
 def known_secrets(environ: Mapping[str, str]) -> list[str]:
-    """The values, of at least 8 characters, of those environment variables whose names are secret keys."""
-    return [value for name, value in environ.items() if is_secret_key(name) and len(value) >= 8]
+    """The values, of at least 8 characters, of those environment variables whose names are secret keys.
+
+    PWD and OLDPWD are the shell's working directories, not passwords: hiding them would hide every path of the run.
+    """
+    return [
+        value
+        for name, value in environ.items()
+        if is_secret_key(name) and name not in ("PWD", "OLDPWD") and len(value) >= 8
+    ]
 
 
 def redact(value: Any, known: Iterable[str] = ()) -> Any:
