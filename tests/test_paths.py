@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import byte_tokenizer, write_chats
 from test_resume import identical, run_until
 from test_same_numbers import outcome, run_here
+from tiny import byte_tokenizer, write_chats
 
 from trainer.config import UserError, build_recipe
 from trainer.session import open_session

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import next_port, run_ranks
 from ruamel.yaml import YAML
 from test_same_numbers import CUTS, Outcome, outcome, recipe_for, run_here
+from tiny import next_port, run_ranks
 
 from trainer.config import RunError, UserError, build_recipe
 from trainer.session import is_finished, open_session

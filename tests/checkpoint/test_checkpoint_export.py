@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import byte_tokenizer
 from safetensors.torch import load_file
+from tiny import byte_tokenizer
 
 from trainer.checkpoint import export as exporting
 from trainer.checkpoint.export import TOLERANCES, check_weights, compare, export

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import CHATML, byte_tokenizer, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import CHATML, byte_tokenizer, tiny_llama
 from transformers import GenerationConfig
 
 from trainer.config import UserError
