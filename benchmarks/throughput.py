@@ -107,9 +107,9 @@ def compare(arguments: argparse.Namespace) -> None:
             sides = arguments.sides[:: 1 if pair % 2 == 0 else -1]
             results = {side: run_side(arguments, side, folder / f"{side}-{pair}") for side in sides}
             rows += pair_rows(arguments, pair, sides, results)
+            append(arguments.results, rows[-len(sides) :])
             for row in rows[-len(sides) :]:
                 print(*(f"{k}={row[k]}" for k in COLUMNS[1:10]), flush=True)
-    append(arguments.results, rows)
     for side in arguments.sides:
         mine = [row for row in rows if row["side"] == side]
         print(f"{side}_tokens_per_second: {statistics.median(row['tokens_per_second'] for row in mine):.1f}")
@@ -177,11 +177,9 @@ def run_side(arguments: argparse.Namespace, side: str, output: Path) -> dict[str
         raise SystemExit(f"{side}: {len(steps)} timed steps, {arguments.steps} expected")
     resident = usage.ru_maxrss / 1024  # Linux counts KiB
     memory = resident if arguments.device == "cpu" else max(row["memory_bytes"] for row in steps) / 2**20
-    return {
-        "tokens": sum(row["tokens"] for row in steps),
-        "seconds": sum(row["seconds"] for row in steps),
-        "memory": memory,
-    }
+    tokens, seconds = (sum(row[key] for row in steps) for key in ("tokens", "seconds"))
+    # A load above the number of threads: somebody else was computing too, and the speed says little.
+    return {"tokens": tokens, "seconds": seconds, "memory": memory, "load": os.getloadavg()[0]}
 
 
 def tunesmith_recipe(arguments: argparse.Namespace, data: Path, output: Path) -> dict[str, Any]:
@@ -296,7 +294,7 @@ def pair_rows(
                 "steps": arguments.steps,
                 "settings": settings,
                 "versions": " ".join(f"{name}={importlib.metadata.version(name)}" for name in PACKAGES),
-                "load": round(os.getloadavg()[0], 1),
+                "load": round(results[side]["load"], 2),
             }
         )
     return rows
