@@ -253,8 +253,13 @@ def train_with_trl(arguments: argparse.Namespace) -> None:
     trainer.train()
     memory = torch.cuda.max_memory_allocated() if arguments.device == "cuda" else 0
     spans = [end - start for start, end in zip(clock.ends, clock.ends[1:], strict=False)]
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    with (arguments.folder / "metrics.jsonl").open("w") as sink:
+    write_steps(arguments.folder, tokens, spans, memory)
+
+
+def write_steps(folder: Path, tokens: list[int], spans: list[float], memory: int) -> None:
+    """The `step` rows of a run in the form of Tunesmith's metrics.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "metrics.jsonl").open("w") as sink:
         for count, seconds in zip(tokens, spans, strict=True):
             row = {"kind": "step", "tokens": count, "seconds": seconds, "memory_bytes": memory}
             sink.write(json.dumps(row) + "\n")

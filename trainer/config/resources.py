@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from trainer.config.errors import UserError
@@ -36,3 +37,14 @@ def find(kind: str, name: str) -> Path:
     if name in names(kind):
         return folder(kind) / name
     raise UserError(f"{kind}: {name}: no such file: choose one of {', '.join(names(kind)) or '(none)'}")
+
+
+def cache_folder() -> Path:
+    """Give the user's cache folder.
+
+    ``TUNESMITH_CACHE``, else ``XDG_CACHE_HOME/tunesmith``, else ``~/.cache/tunesmith``.
+    """
+    if own := os.environ.get("TUNESMITH_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "tunesmith"

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config.errors import UserError
+from trainer.config.resources import cache_folder as user_cache
 from trainer.data.encode import Encoded
 
 log = logging.getLogger(__name__)
@@ -27,11 +28,8 @@ ARRAYS = ("ids", "weights", "offsets", "labels", "files", "lines")
 
 
 def cache_folder() -> Path:
-    """Where prepared data lies: `data` in TUNESMITH_CACHE, else XDG_CACHE_HOME/tunesmith, else ~/.cache/tunesmith."""
-    if own := os.environ.get("TUNESMITH_CACHE"):
-        return Path(own).expanduser() / "data"
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "tunesmith" / "data"
+    """Where prepared data lies: `data` in the user's cache."""
+    return user_cache() / "data"
 
 
 @dataclass(frozen=True)

