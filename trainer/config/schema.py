@@ -56,9 +56,22 @@ class Engine(Section):
     kind: Literal["auto", "single", "fsdp2", "deepspeed"] = Field(
         "auto", description="`auto`: single in one process, fsdp2 in several."
     )
+    config: str | None = Field(
+        None,
+        description="deepspeed: what DeepSpeed alone knows, as JSON: a file, or a name in ds_configs such as `zero2`.",
+    )
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward: less memory.")
     cpu_offload: bool = Field(False, description="fsdp2: parameters, gradients and optimizer live in host memory.")
     reshard_after_forward: bool = Field(True, description="fsdp2: free gathered weights after the forward (ZeRO-3).")
+    shard_size: Count | None = Field(
+        None, description="fsdp2: ranks that share one copy of the model; the others replicate. Null: all ranks share."
+    )
+    prefetch: Count = Field(1, description="fsdp2: blocks gathered ahead of the one that computes.")
+    loading: Literal["auto", "whole", "sharded"] = Field(
+        "auto",
+        description="fsdp2, deepspeed stage 3: `sharded` reads each rank's part of the base model alone; `auto` does "
+        "so where the files allow it (safetensors, not quantised on loading).",
+    )
 
 
 class ScaleLR(Section):
@@ -173,6 +186,18 @@ class Evaluation(Section):
 class Checkpoint(Section):
     every: Count | None = Field(None, description="Steps between checkpoints; null: only at the end.")
     keep: Count = Field(3, description="How many of the newest stay on disk.")
+    keep_best: Annotated[int, Field(ge=0)] = Field(0, description="How many of the best by `metric` stay as well.")
+    metric: str = Field("loss", description="keep_best: evaluated metric, `suite/metric` or `metric`.")
+    keep_every: Count | None = Field(None, description="Checkpoints at multiples of this many steps stay for ever.")
+    asynchronous: bool = Field(True, description="Write in the background, at most one save in flight.")
+    failure_limit: Count = Field(3, description="Failed saves in a row before the run stops; the last must succeed.")
+
+
+class EMA(Section):
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None, description="Exponential moving average of the trained weights: share kept at each step; null: none."
+    )
+    evaluate: bool = Field(False, description="Evaluate the averaged weights in place of the trained ones.")
 
 
 class Tracking(Section):
@@ -182,8 +207,24 @@ class Tracking(Section):
     every: Count = Field(1, description="Steps between `step` rows.")
 
 
+class Spike(Section):
+    policy: Literal["off", "warn", "skip", "rollback"] = Field(
+        "off",
+        description="What a loss spike does: nothing, an event, no update, or back to the last checkpoint and past it.",
+    )
+    deviations: Positive = Field(6.0, description="Robust deviations above the window's median that make a spike.")
+    window: Annotated[int, Field(ge=8)] = Field(64, description="Steps whose losses are the yardstick.")
+
+
 class Guard(Section):
     nonfinite_limit: Count = Field(3, description="Skipped non-finite steps in a row before the run stops.")
+    spike: Spike = Field(Spike(), description="What a sudden rise of the loss does.")
+    replica_check: Count | None = Field(
+        None, description="Steps between comparisons of what ranks hold in copies; names the rank that differs."
+    )
+    skip_steps: list[Count] = Field(
+        [], description="Global steps whose examples are passed over untrained (a poison batch)."
+    )
 
 
 class Stage(Section):
@@ -211,5 +252,6 @@ class Recipe(Section):
     stages: list[Stage] = Field(min_length=1, description="What happens, in order.")
     evaluation: Evaluation = Field(Evaluation(), description="Suites, baseline and significance.")
     checkpoint: Checkpoint = Field(Checkpoint(), description="Saving and retention.")
+    ema: EMA = Field(EMA(), description="Averaged weights beside the trained ones.")
     tracking: Tracking = Field(Tracking(), description="Records.")
     guard: Guard = Field(Guard(), description="What a run does when numbers go wrong.")
