@@ -58,6 +58,15 @@ def flat(tensor: Tensor) -> Tensor:
     return local.detach().view(-1)
 
 
+@dataclass(frozen=True)
+class Replica:
+    """A tensor of this rank of which other ranks hold a copy that must be the same bit for bit."""
+
+    name: str  # of the parameter
+    tensor: Tensor
+    ranks: tuple[int, ...]  # all that hold a copy, this one included, ascending
+
+
 Pull = Callable[[Iterator[Slot]], None]
 """Adds to the gradients of this rank's slots (EWC, SI); acts after clipping and before the update."""
 
@@ -73,10 +82,12 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of one micro-batch; `last` marks the step's last, where gradients are reduced."""
 
-    def step(self, lr_factor: float, *, pull: Pull) -> float:
+    def step(self, lr_factor: float, *, pull: Pull, apply: bool = True) -> float:
         """Clip, pull, update, zero. Returns the global gradient norm before clipping.
 
-        A norm that is not finite (the same on all ranks) updates nothing: parameters and moments stay as they were.
+        `pull` is called once, with every slot of this rank and its gradient. A norm that is not finite (the same on
+        all ranks) updates nothing: parameters and moments stay as they were; nor does any step without `apply`, which
+        measures the norm and drops the gradients.
         """
 
     def slots(self) -> Iterator[Slot]:
@@ -90,3 +101,7 @@ class Engine(Protocol):
 
     def after_load(self) -> None:
         """Bring copies of the parameters (low precision, gathered) in line after values were written to slots."""
+
+    def replicas(self) -> Iterator[Replica]:
+        """What this rank holds as a copy of other ranks' tensors: trainable parameters, in the same order on all of
+        them. Nothing where every element lives once."""

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer.config.schema import Engine as EngineSettings
 from trainer.config.schema import Optimizer
-from trainer.engine.base import Pull, Slot
+from trainer.engine.base import Pull, Replica, Slot
 from trainer.engine.update import Local, Updater
 from trainer.model.blocks import blocks
 from trainer.model.root import Trainee
@@ -89,11 +89,11 @@ class FSDP2Engine:
         self._sharded.set_is_last_backward(last)
         loss.backward()
 
-    def step(self, lr_factor: float, *, pull: Pull) -> float:
+    def step(self, lr_factor: float, *, pull: Pull, apply: bool = True) -> float:
         """Clip, pull, update, zero; the gradient norm before clipping."""
         for part, (_, parameter) in zip(self._locals, self._parameters, strict=True):
             part.tensor.grad = None if parameter.grad is None else _local_tensor(parameter.grad)
-        norm = self.updater.step(lr_factor, pull)
+        norm = self.updater.step(lr_factor, pull, apply)
         for part, (_, parameter) in zip(self._locals, self._parameters, strict=True):
             part.tensor.grad = parameter.grad = None
         return norm
@@ -105,6 +105,10 @@ class FSDP2Engine:
     def writes(self, slot: Slot) -> bool:
         """Nothing is replicated over the one-dimensional mesh."""
         return True
+
+    def replicas(self) -> Iterator[Replica]:
+        """Nothing is replicated over the one-dimensional mesh."""
+        return iter(())
 
     def prepare_state(self) -> None:
         """Zero optimizer state for every slot."""

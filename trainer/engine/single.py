@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.schema import Optimizer
-from trainer.engine.base import Pull, Slot
+from trainer.engine.base import Pull, Replica, Slot
 from trainer.engine.update import Local, Updater
 from trainer.model.root import Trainee
 from trainer.optim import build_optimizers
@@ -51,9 +51,9 @@ class SingleEngine:
         """Add the gradients of one micro-batch."""
         loss.backward()
 
-    def step(self, lr_factor: float, *, pull: Pull) -> float:
+    def step(self, lr_factor: float, *, pull: Pull, apply: bool = True) -> float:
         """Clip, pull, update, zero; the gradient norm before clipping."""
-        norm = self.updater.step(lr_factor, pull)
+        norm = self.updater.step(lr_factor, pull, apply)
         for _, master in self._masters:
             master.grad = None
         self.after_load()
@@ -66,6 +66,10 @@ class SingleEngine:
     def writes(self, slot: Slot) -> bool:
         """The only process saves all."""
         return True
+
+    def replicas(self) -> Iterator[Replica]:
+        """Nothing: there is one process."""
+        return iter(())
 
     def prepare_state(self) -> None:
         """Zero optimizer state for every slot."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +23,27 @@ class Local:
     tensor: Tensor  # what the optimizer steps; its .grad is set before the update
     written: bool = True  # whether this rank saves it (False for a replica)
 
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The part as one range; none where the rank holds no element."""
+        numel = self.tensor.numel()
+        return (Piece(self.name, self.start, numel, 0, self.shape),) if numel else ()
+
+
+@dataclass
+class FlatLocal:
+    """This rank's part of several trainable parameters at once: a flat partition, padding included."""
+
+    tensor: Tensor  # 1-D; what the optimizer steps; its .grad is set before the update, zero in the padding
+    pieces: tuple[Piece, ...]
+    written: bool = True
+
 
 class Updater:
     """Owns the optimizers over local tensors."""
 
     def __init__(
-        self, locals_: list[Local], optimizers: list[torch.optim.Optimizer], clip: float | None, world: World
+        self, locals_: Sequence[Local | FlatLocal], optimizers: list[torch.optim.Optimizer], clip: float | None, world: World
     ) -> None:
         self.locals = locals_
         self.optimizers = optimizers
@@ -45,10 +60,11 @@ class Updater:
         squared = float(torch.stack([n.float() for n in norms]).double().square().sum()) if norms else 0.0
         return math.sqrt(self.world.sum({"squared": squared})["squared"])
 
-    def step(self, lr_factor: float, pull: Pull) -> float:
-        """Clip, pull, update; a norm that is not finite changes nothing. Gradients are left to the engine to zero."""
+    def step(self, lr_factor: float, pull: Pull, apply: bool = True) -> float:
+        """Clip, pull, update; a norm that is not finite changes nothing, nor does a step without `apply`. Gradients
+        are left to the engine to zero."""
         norm = self.norm()
-        if not math.isfinite(norm):
+        if not (apply and math.isfinite(norm)):
             return norm
         if self.clip is not None and norm > self.clip:
             torch._foreach_mul_(
@@ -64,9 +80,7 @@ class Updater:
     def slots(self) -> Iterator[Slot]:
         """One slot for each local tensor."""
         for local in self.locals:
-            numel = local.tensor.numel()
-            piece = Piece(local.name, local.start, numel, 0, local.shape)
-            yield Slot(local.tensor, (piece,) if numel else (), self._state(local.tensor))
+            yield Slot(local.tensor, local.pieces, self._state(local.tensor))
 
     def _state(self, tensor: Tensor) -> dict[str, Tensor | float]:
         for optimizer in self.optimizers:
@@ -76,13 +90,13 @@ class Updater:
 
     def prepare_state(self) -> None:
         """Run the optimizers' own state initialisation by a step of zero size that leaves the values as they are."""
-        values = [local.tensor.detach().clone() for local in self.locals]
+        before = [(local.tensor.detach().clone(), local.tensor.grad) for local in self.locals]
         for local in self.locals:
             local.tensor.grad = torch.zeros_like(local.tensor)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = 0.0
             optimizer.step()
-        for local, value in zip(self.locals, values, strict=True):
+        for local, (value, gradient) in zip(self.locals, before, strict=True):
             local.tensor.detach().copy_(value)
-            local.tensor.grad = None
+            local.tensor.grad = gradient
