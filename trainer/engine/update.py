@@ -43,7 +43,11 @@ class Updater:
     """Owns the optimizers over local tensors."""
 
     def __init__(
-        self, locals_: Sequence[Local | FlatLocal], optimizers: list[torch.optim.Optimizer], clip: float | None, world: World
+        self,
+        locals_: Sequence[Local | FlatLocal],
+        optimizers: list[torch.optim.Optimizer],
+        clip: float | None,
+        world: World,
     ) -> None:
         self.locals = locals_
         self.optimizers = optimizers
