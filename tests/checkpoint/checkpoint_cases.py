@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from trainer.checkpoint import load, save
-from trainer.checkpoint.durable import FAIL_POINT
 from trainer.config.schema import Optimizer
 from trainer.engine.base import Piece, Slot
 from trainer.engine.single import SingleEngine
+from trainer.fault import FAIL_POINT
 from trainer.world import World
 
 SHAPES: dict[str, tuple[int, ...]] = {

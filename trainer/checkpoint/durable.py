@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import socket
 from pathlib import Path
 
@@ -17,15 +16,8 @@ log = logging.getLogger(__name__)
 STAGING = ".staging-"
 REPLACED = ".replaced-"
 REMOVING = ".removing-"
-FAIL_POINT = "TUNESMITH_FAIL_POINT"
 
 _STAGED = re.compile(re.escape(STAGING) + r".+@(?P<host>[A-Za-z0-9._-]+)\+(?P<pid>\d+)\+(?P<start>\d+)")
-
-
-def fail_point(name: str) -> None:
-    """Kill this process, as a power cut would, where the environment asks for it: the proof that a save survives it."""
-    if os.environ.get(FAIL_POINT) == name:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 from trainer.checkpoint.agreement import agreed
 from trainer.checkpoint.durable import (
     clean,
-    fail_point,
     publish_folder,
     remove_folder,
     staging_folder,
@@ -40,6 +39,7 @@ from trainer.checkpoint.manifest import (
 )
 from trainer.checkpoint.ranges import DTYPES, counters, entries, write_shard
 from trainer.engine.base import Engine
+from trainer.fault import fail_point
 from trainer.tracking.run_record import replace_file
 from trainer.world import World
 
