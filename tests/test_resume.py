@@ -18,7 +18,7 @@ from test_same_numbers import CUTS, Outcome, outcome, recipe_for, run_here
 from tiny import next_port, run_ranks
 
 from trainer.config import RunError, UserError, build_recipe
-from trainer.session import is_finished, open_session
+from trainer.session import Standing, open_session, standing
 from trainer.tracking import read_rows, read_run
 from trainer.train import train, train_step
 
@@ -100,12 +100,16 @@ def test_another_recipe_or_other_data_is_refused(tmp_path: Path, tiny_folder: Pa
     )
     run_until(recipe, 2)
     other = build_recipe(recipe | {"optimizer": {"lr": 0.5}})
-    with pytest.raises(UserError, match=r"optimizer.lr: 0.003 -> 0.5"):
-        is_finished(other, fresh=False)
-    assert not is_finished(other, fresh=True)
+    assert [str(change) for change in standing(other).changes] == ["stages.0.optimizer.lr: 0.003 -> 0.5"]
+    other = build_recipe(recipe | {"tuning": {"method": "lora", "rank": 8}})
+    with pytest.raises(UserError, match=r"tuning.rank: 4 -> 8.*tensors would not fit"):
+        standing(other, allow_data_change=True)
+    assert standing(other, fresh=True) == Standing()
+    with pytest.raises(UserError, match=r"seed: 17 -> 18.*--allow-data-change"):
+        standing(build_recipe(recipe | {"seed": 18}))
     changed = tmp_path / "changed.jsonl"
     changed.write_text("\n".join(reversed(chats.read_text().splitlines())) + "\n")
-    with pytest.raises(UserError, match=r"fingerprints .*chats changed"):
+    with pytest.raises(UserError, match=r"sources: the data of chats changed.*--allow-data-change"):
         run_here(recipe | {"sources": {"chats": {"path": str(changed), "format": "messages"}}})
 
 

@@ -89,20 +89,27 @@ def train(
         bool, typer.Option("--fresh", help="Start anew; the old folder is kept under another name.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on the console.")] = False,
+    allow_data_change: Annotated[
+        bool, typer.Option("--allow-data-change", help="Go on although data, order, batch or seed changed; recorded.")
+    ] = False,
 ) -> None:
     """Train; goes on from the newest checkpoint if the run's folder has one."""
     from launchers.environment import cpu_environment, restart_with
 
     restart_with(cpu_environment())
     from trainer.config import load_recipe
-    from trainer.session import is_finished, open_session, preflight
+    from trainer.session import open_session, preflight, standing
 
     loaded = load_recipe(recipe, overrides)
     preflight(loaded)
-    if is_finished(loaded, fresh):
+    before = standing(loaded, fresh=fresh, allow_data_change=allow_data_change)
+    if before.nothing_to_do:
         typer.echo(f"{loaded.output}: complete already; nothing to do (--fresh starts anew)")
         return
-    with open_session(loaded, fresh=fresh, console=not quiet) as run:
+    if os.environ.get("RANK", "0") == "0":
+        for change in before.changes:
+            typer.echo(f"resume: {change} ({change.verdict})")
+    with open_session(loaded, fresh=fresh, console=not quiet, allow_data_change=allow_data_change) as run:
         from trainer.train import train as walk  # torch is loaded by now
 
         run.status = walk(run)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from trainer.config.schema import Spike
+from trainer.engine.base import Engine, flat
+from trainer.world import World
 
 FEWEST = 8  # losses before anything is called a spike
 IN_A_ROW = 3  # spikes after which the loss is taken for a new level: a change of data, no accident
@@ -80,17 +86,60 @@ def spike_limit(losses: Iterable[float], deviations: float) -> float:
     return middle + deviations * max(spread, LEAST_SPREAD * abs(middle))
 
 
-def odd_ones(digests: Mapping[int, str], truth: str | None = None) -> list[int]:
-    """The ranks whose digest differs: from `truth` where one is known, else from the majority; all where none has one.
+def differing_copies(engine: Engine, world: World) -> dict[str, list[int]]:
+    """{parameter: the ranks whose copy of it differs}; empty where all agree. Every rank calls it, and gets the same.
 
-    Of two ranks that differ nobody can say which is right; both are named then.
+    The truth is the master that an owner's optimizer steps, where one exists apart from the copies (ZeRO); else what
+    most ranks hold. Of two copies without a master nobody can say which is right, and both are named.
     """
-    if truth is None:
-        counts: dict[str, int] = {}
-        for digest in digests.values():
-            counts[digest] = counts.get(digest, 0) + 1
-        best = max(counts.values())
-        if best * 2 <= len(digests) and len(counts) > 1:
-            return sorted(digests)
-        truth = next(digest for digest, count in counts.items() if count == best)
-    return sorted(rank for rank, digest in digests.items() if digest != truth)
+    held = {replica.name: (replica.ranks, replica.tensor) for replica in engine.replicas()}
+    rows = world.gather({name: [list(ranks), digest(tensor)] for name, (ranks, tensor) in held.items()})
+    suspects: list[str] = []
+    for name in sorted({name for row in rows for name in row}):
+        groups: dict[tuple[int, ...], set[str]] = {}
+        for ranks, found in (row[name] for row in rows if name in row):
+            groups.setdefault(tuple(ranks), set()).add(found)
+        if any(len(digests) > 1 for digests in groups.values()):
+            suspects.append(name)
+    if not suspects:
+        return {}
+    wrong = world.gather(_against_masters(engine, world, {name: held[name][1] for name in suspects if name in held}))
+    odd = {}
+    for name in suspects:
+        ranks = [rank for rank, names in enumerate(wrong) if name in names]
+        odd[name] = ranks or odd_ones({rank: row[name][1] for rank, row in enumerate(rows) if name in row})
+    return odd
+
+
+def _against_masters(engine: Engine, world: World, copies: Mapping[str, Tensor]) -> list[str]:
+    """The suspect parameters in which this rank's copy differs from their owners' masters."""
+    own = [
+        [piece.name, piece.start, piece.numel, digest(slot.value(piece).to(copies[piece.name].dtype))]
+        for slot in engine.slots()
+        for piece in slot.pieces
+        if piece.name in copies and not _shares(slot.owner, copies[piece.name])
+    ]
+    wrong = set()
+    for name, start, numel, truth in (item for row in world.gather(own) for item in row):
+        if name in copies and digest(flat(copies[name])[start : start + numel]) != truth:
+            wrong.add(name)
+    return sorted(wrong)
+
+
+def _shares(owner: Tensor, copy: Tensor) -> bool:
+    """Whether the optimizer steps the copy itself: then there is no master beside it."""
+    return flat(owner).untyped_storage().data_ptr() == flat(copy).untyped_storage().data_ptr()
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 (hex) of a tensor's values."""
+    raw = flat(tensor).cpu().contiguous().view(torch.uint8)
+    return hashlib.sha256(raw.numpy().data).hexdigest()
+
+
+def odd_ones(digests: Mapping[int, str]) -> list[int]:
+    """The ranks whose digest is not the majority's; all of them where there is no majority."""
+    (most, count), *_ = Counter(digests.values()).most_common(1)
+    if count * 2 <= len(digests):
+        return sorted(digests)
+    return sorted(rank for rank, found in digests.items() if found != most)

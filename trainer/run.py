@@ -16,20 +16,25 @@ import torch
 
 from trainer.adversarial import NoAdversary
 from trainer.checkpoint import load, newest, save
-from trainer.config import Recipe, Stage, UserError, dump_recipe
+from trainer.config import Recipe, RunError, Stage, UserError, dump_recipe
+from trainer.config.changes import FLAG
 from trainer.continual import NoAnchor
 from trainer.data.loader import Loader
 from trainer.data.plan import Plan
 from trainer.data.prepare import Prepared
+from trainer.ema import EMA, NoEMA
 from trainer.engine.base import Engine
 from trainer.evaluation.suites import Evaluator, due_suites
 from trainer.evaluation.watch import Watcher, direction_of, find_metric
+from trainer.guard import NoSpikeWatch, SpikeWatch, differing_copies
 from trainer.objectives import build_objective
 from trainer.optim import Plateau, lr_factor, scaled_lr
 from trainer.tracking import Tracker
 from trainer.world import StopSignal, World
 
 log = logging.getLogger(__name__)
+
+ROLLBACKS = 3
 
 
 class Run:
@@ -50,14 +55,19 @@ class Run:
         packed: list[bool],
         pad_id: int,
         facts: dict[str, Any],
+        allow_data_change: bool = False,
     ) -> None:
         self.recipe, self.world, self.folder, self.engine = recipe, world, folder, engine
         self.sources, self.evaluator, self.tracker = sources, evaluator, tracker
         self.packed, self.pad_id, self.facts = packed, pad_id, facts
+        self.allow_data_change = allow_data_change
         self.stop = StopSignal()
         self.status = "failed"  # until the walk has returned
         self.step = 0
         self.skipped_in_row = 0
+        self.rollbacks = 0  # in a row, without a good step between
+        average = recipe.ema
+        self.ema: NoEMA = NoEMA() if average.decay is None else EMA(engine, average.decay, average.evaluate)
         self.last_lr_factor = 0.0
         self.last_saved = -1
         self.last_evaluated = -1
@@ -69,15 +79,13 @@ class Run:
     @property
     def stage(self) -> Stage:
         """The current stage."""
-        return self.recipe.stages[min(self.stage_index, len(self.recipe.stages) - 1)]
+        return self.recipe.stages[self.stage_index]
 
     def next_stage(self) -> None:
         """Enter the next stage: its data, objective, fresh optimizer and schedule."""
         self.stage_index += 1
         self.stage_step = 0
         self.stopped_early = False
-        if self.stage_index >= len(self.recipe.stages):
-            return
         stage = self.stage
         self.loader = self.make_loader(self.stage_index)
         self.objective = build_objective(stage.objective)
@@ -86,6 +94,8 @@ class Run:
         stopping = stage.until.early_stopping
         self.watcher = Watcher.from_settings(stopping) if stopping else None
         self.plateau = Plateau(stage.schedule, direction_of(stage.schedule.metric) == "higher")
+        spike = self.recipe.guard.spike
+        self.spikes: SpikeWatch = NoSpikeWatch() if spike.policy == "off" else SpikeWatch(spike)  # a stage's own level
         rule = stage.optimizer.scale_lr
         if rule.rule != "none":
             detail = f"{rule.rule} rule: {stage.optimizer.lr:g} at {rule.reference_batch} -> {self.peak_lr:g}"
@@ -128,7 +138,8 @@ class Run:
 
     def evaluate(self, suites: list[Any], watch: bool = True) -> None:
         """Evaluate the current weights on suites, record, and let the watchers see the metrics."""
-        results = self.evaluator.run(self.engine.model, self.step, "run", suites)
+        with self.ema.evaluated():
+            results = self.evaluator.run(self.engine.model, self.step, "run", suites)
         metrics = {name: result["metrics"] for name, result in results.items()}
         for name, values in metrics.items():
             self.tracker.eval({"step": self.step, "stage": self.stage.name, "suite": name, "metrics": values})
@@ -176,6 +187,8 @@ class Run:
             "stage_step": self.stage_step,
             "stopped_early": self.stopped_early,
             "skipped_in_row": self.skipped_in_row,
+            "spikes": self.spikes.state(),
+            "ema": self.ema.state(),
             "last_evaluated": self.last_evaluated,
             "loader": self.loader.state(),
             "plateau": self.plateau.state(),
@@ -188,41 +201,98 @@ class Run:
 
         Raises UserError where every checkpoint is bad: a run never starts from zero in silence.
         """
-        folder = self.folder / "checkpoints"
-        if not newest(folder):
+        if not newest(self.folder / "checkpoints"):
             return False
-        loaded = load(folder, self.engine, self.world, prepare=self._position)
+        self.tracker.event(self.step, "resume", f"from {self._restore()}")
+        return True
+
+    def roll_back(self) -> bool:
+        """After a spike: the weights of the newest good checkpoint, at the place in the data where the run stands.
+
+        The steps between keep their numbers and count as untrained. False where this stage has no checkpoint yet: then
+        the spike's update alone was left out. Raises RunError after ROLLBACKS in a row without a checkpoint between.
+        """
+        if self.last_saved <= self.step - self.stage_step:
+            return False
+        spiked, place, ids = self.step, self.loader.state(), self.shown_ids()
+        self.rollbacks += 1
+        if self.rollbacks > ROLLBACKS:
+            raise RunError(
+                f"step {spiked}: {ROLLBACKS} rollbacks without a checkpoint between; last examples: {ids}; "
+                "lower optimizer.lr, or look at these examples"
+            )
+        name = self._restore()
+        saved = self.step
+        self.loader.load(place)
+        self.stage_step += spiked - saved
+        for step in range(saved + 1, spiked + 1):
+            self.write_ledger(step, untrained="rollback")
+        self.step = spiked
+        self.tracker.event(spiked, "rollback", f"to {name}, past steps {saved + 1} to {spiked}; last examples {ids}")
+        return True
+
+    def _restore(self) -> str:
+        """Weights, moments, average and position of the newest good checkpoint; returns its name."""
+        loaded = load(self.folder / "checkpoints", self.engine, self.world, prepare=self._position)
         for reason in loaded.refused:
             self.tracker.event(self.step, "checkpoint_refused", reason)
-        self.tracker.event(self.step, "resume", f"from {loaded.path.name}")
-        return True
+        return loaded.path.name
 
     def _position(self, state: Mapping[str, Any]) -> None:
         """Bring everything but the tensors to a saved position; called between verification and loading."""
-        for key in ("base_digest", "fingerprints"):
-            if state.get(key) != self.facts.get(key):
-                raise UserError(
-                    f"resume: {key} of the checkpoint is another: {_difference(state.get(key), self.facts.get(key))}"
-                )
-        self.stage_index = min(state["stage"], len(self.recipe.stages)) - 1
+        check_facts(state, self.facts, self.allow_data_change)
+        self.stage_index = min(state["stage"], len(self.recipe.stages) - 1) - 1
         self.next_stage()
         self.step, self.stage_step = state["step"], state["stage_step"]
         self.stopped_early, self.skipped_in_row = state["stopped_early"], state["skipped_in_row"]
         self.last_evaluated = state["last_evaluated"]
         self.last_saved = self.step
-        if self.stage_index < len(self.recipe.stages):
-            self.loader.load(state["loader"])
-            self.plateau.load(state["plateau"])
-            if self.watcher and state["watcher"]:
-                self.watcher.load(state["watcher"])
+        self.loader.load(state["loader"], missing_ok=self.allow_data_change)
+        self.plateau.load(state["plateau"])
+        if self.watcher and state["watcher"]:
+            self.watcher.load(state["watcher"])
+        if state.get("spikes"):
+            self.spikes.load(state["spikes"])
+        self.ema.load(state.get("ema"))
+
+    # -- steps that change nothing, copies that differ
+
+    def check_replicas_if_due(self) -> None:
+        """Compare what ranks hold in copies, at the recipe's interval and before each save. Raises RunError."""
+        every, saving = self.recipe.guard.replica_check, self.recipe.checkpoint.every
+        if not every or (self.step % every and not (saving and self.step % saving == 0)):
+            return
+        if odd := differing_copies(self.engine, self.world):
+            name, ranks = next(iter(odd.items()))
+            who = ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+            raise RunError(
+                f"step {self.step}: {who}: {len(odd)} parameters differ from the other ranks' copies, first {name}: "
+                "start again to go on from the last checkpoint, and have the device of that rank tested"
+            )
+
+    def pass_over(self) -> None:
+        """Draw the next step's examples and go past them untrained, as the recipe asks (`guard.skip_steps`)."""
+        self.loader.next_step()
+        self.step += 1
+        self.stage_step += 1
+        self.tracker.event(self.step, "passed_over", f"examples {self.shown_ids()}")
+        self.write_ledger(self.step, untrained="guard.skip_steps")
+
+    def shown_ids(self, most: int = 8) -> str:
+        """The ids of the last step's examples, the first few of them."""
+        ids = self.loader.step_ids()
+        return ", ".join(ids[:most]) + (f" and {len(ids) - most} more" if len(ids) > most else "")
 
     # -- records
 
-    def write_ledger(self, step: int) -> None:
-        """Append the ids of the step's examples, where the recipe asks for it."""
+    def write_ledger(self, step: int, untrained: str | None = None) -> None:
+        """Append the ids of the step's examples, where the recipe asks for it; the last row of a step counts."""
         if self.recipe.tracking.ledger and self.world.is_main:
+            row: dict[str, Any] = {"step": step, "stage": self.stage.name, "ids": self.loader.step_ids()}
+            if untrained:
+                row = {**row, "ids": [], "untrained": untrained}
             with (self.folder / "ledger.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "stage": self.stage.name, "ids": self.loader.step_ids()}) + "\n")
+                file.write(json.dumps(row) + "\n")
 
 
 def finish(run: Run) -> None:
@@ -263,8 +333,25 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
     staging.replace(folder / "recipe.yaml")
 
 
-def _difference(old: Any, new: Any) -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        return f"{', '.join(changed)} changed; restore the data or start a new `output`"
-    return f"{str(old)[:12]} became {str(new)[:12]}; restore it or start a new `output`"
+FACTS = {  # what a checkpoint must agree with, and what it is of
+    "base_digest": "model.path: the base model",
+    "tokenizer_digest": "model.path: the tokenizer",
+    "fingerprints": "sources: the data",
+}
+
+
+def check_facts(old: Mapping[str, Any], new: Mapping[str, Any], allow_data_change: bool) -> None:
+    """Raise UserError where a run's base model, tokenizer or data are not those it was trained on."""
+    for key, what in FACTS.items():
+        before, now = old.get(key), new.get(key)
+        if before == now or before is None or (key == "fingerprints" and allow_data_change):
+            continue
+        if key == "fingerprints":
+            names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+            raise UserError(
+                f"{what} of {', '.join(names)} changed since the run began; restore it, start a new `output`, "
+                f"or go on with it by {FLAG}"
+            )
+        raise UserError(
+            f"{what} is not the one of this run ({before[:12]} became {now[:12]}); restore it, or start a new `output`"
+        )

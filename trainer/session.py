@@ -9,14 +9,16 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.check import check_metrics, check_paths
 from trainer.config import Recipe, UserError, load_recipe
+from trainer.config.changes import Change, changes, check_changes
 from trainer.data.plan import Plan
 from trainer.data.prepare import Prepared, prepare
-from trainer.data.tokenizer import load_tokenizer
+from trainer.data.tokenizer import load_tokenizer, tokenizer_digest
 from trainer.engine import engine_kind
 from trainer.engine.base import Engine
 from trainer.evaluation.suites import Evaluator
@@ -33,7 +35,7 @@ WHOLE_STATE = {  # what cannot work on shards
     "muon": "orthogonalises whole matrices, fsdp2 shards them",
     "adamw8bit": "keeps blockwise state that a checkpoint cannot cut into ranges under fsdp2",
 }
-RUNTIME_KEYS = ("tracking", "checkpoint", "evaluation")  # what may change between a run and its resumption
+RUNTIME_KEYS = ("tracking", "checkpoint", "evaluation", "guard", "engine")  # no part of a recipe's digest
 
 
 def preflight(recipe: Recipe) -> None:
@@ -43,51 +45,42 @@ def preflight(recipe: Recipe) -> None:
     check_metrics(recipe)
 
 
-def is_finished(recipe: Recipe, fresh: bool) -> bool:
-    """Whether the run's folder holds this very run, complete; raises UserError where it holds another recipe's run."""
+@dataclass(frozen=True)
+class Standing:
+    """What the run's folder holds already: nothing, this run, or this run under a recipe that has changed since."""
+
+    complete: bool = False
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def nothing_to_do(self) -> bool:
+        """Whether the run is complete and nothing asks for more of it."""
+        return self.complete and all(change.verdict == "free" for change in self.changes)
+
+
+def standing(recipe: Recipe, *, fresh: bool = False, allow_data_change: bool = False) -> Standing:
+    """What the run's folder holds. Raises UserError where it is a run that this recipe must not go on with."""
     folder = Path(recipe.output)
     if fresh or not (folder / "run.json").exists():
-        return False
+        return Standing()
+    found: list[Change] = []
     if (folder / "recipe.yaml").exists():
-        same_recipe(load_recipe(folder / "recipe.yaml"), recipe)
-    return read_run(folder).get("status") == "complete"
-
-
-def same_recipe(old: Recipe, new: Recipe) -> None:
-    """Raise UserError naming the keys in which a run's recipe differs from the one given to resume it."""
-    first, second = (flatten(r.model_dump(mode="json")) for r in (old, new))
-    changed = sorted(
-        key
-        for key in first.keys() | second.keys()
-        if first.get(key) != second.get(key) and key.split(".")[0] not in (*RUNTIME_KEYS, "output")
-    )
-    if changed:
-        shown = "; ".join(f"{key}: {first.get(key)!r} -> {second.get(key)!r}" for key in changed[:4])
-        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-        raise UserError(
-            f"output: {new.output}: holds a run of another recipe ({shown}{more}); choose another `output` or --fresh"
-        )
-
-
-def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as dotted keys."""
-    if isinstance(data, dict):
-        items: Any = data.items()
-    elif isinstance(data, list):
-        items = enumerate(data)
-    else:
-        return {prefix.removesuffix("."): data}
-    return {key: value for name, item in items for key, value in flatten(item, f"{prefix}{name}.").items()}
+        found = changes(load_recipe(folder / "recipe.yaml"), recipe)
+        check_changes(found, recipe.output, allow_data_change)
+    return Standing(read_run(folder).get("status") == "complete", tuple(found))
 
 
 @contextmanager
-def open_session(recipe: Recipe, *, fresh: bool = False, console: bool = True) -> Iterator[Run]:
+def open_session(
+    recipe: Recipe, *, fresh: bool = False, console: bool = True, allow_data_change: bool = False
+) -> Iterator[Run]:
     """Prepare data, join the other ranks, build, resume; on the way out record how it ended.
 
     Data are prepared before the process group exists, so that no rank waits inside a collective for a long
     tokenisation.
     """
     preflight(recipe)
+    before = standing(recipe, fresh=fresh, allow_data_change=allow_data_change)
     folder, world = Path(recipe.output), environment_world()
     tokenizer = load_tokenizer(recipe.model)
     sources = prepare(recipe, tokenizer=tokenizer)
@@ -99,7 +92,7 @@ def open_session(recipe: Recipe, *, fresh: bool = False, console: bool = True) -
         world.barrier()
         kind = engine_kind(recipe.engine, world.size)
         trainee = build_trainee(recipe, tokenizer.pad_token_id)
-        facts = run_facts(recipe, trainee, sources)
+        facts = run_facts(recipe, trainee, tokenizer, sources)
         total, trainable = parameter_counts(trainee)
         packed = [packs(trainee, stage.batch.packing) for stage in recipe.stages]
         if world.is_main:
@@ -113,6 +106,7 @@ def open_session(recipe: Recipe, *, fresh: bool = False, console: bool = True) -
                 parameters={"total": total, "trainable": trainable},
                 data=counts,
                 packed=packed,
+                changes=recorded_changes(folder, before, allow_data_change),
                 attention=trainee.config._attn_implementation,
                 **facts,
             )
@@ -128,10 +122,12 @@ def open_session(recipe: Recipe, *, fresh: bool = False, console: bool = True) -
             main=world.is_main,
         )
         status = "failed"
-        run = Run(recipe, world, folder, engine, sources, evaluator, tracker, packed, tokenizer.pad_token_id, facts)
+        pad = tokenizer.pad_token_id
+        run = Run(recipe, world, folder, engine, sources, evaluator, tracker, packed, pad, facts, allow_data_change)
         try:
             run.stop.install()
-            run.resume()
+            if run.resume() and before.changes:
+                run.tracker.event(run.step, "recipe_changed", "; ".join(str(change) for change in before.changes))
             yield run
             status = run.status
         except BaseException as error:
@@ -141,7 +137,16 @@ def open_session(recipe: Recipe, *, fresh: bool = False, console: bool = True) -
             tracker.close(status)
 
 
-def run_facts(recipe: Recipe, trainee: Any, sources: Prepared) -> dict[str, Any]:
+def recorded_changes(folder: Path, before: Standing, allow_data_change: bool) -> list[dict[str, Any]]:
+    """The history of a run's recipe: what was recorded, and what differs this time, by whose leave."""
+    history = list(read_run(folder).get("changes", [])) if (folder / "run.json").exists() else []
+    if before.changes or allow_data_change:
+        differing = {change.key: [change.old, change.new] for change in before.changes}
+        history.append({"time": round(time.time(), 3), "allow_data_change": allow_data_change, "keys": differing})
+    return history
+
+
+def run_facts(recipe: Recipe, trainee: Any, tokenizer: Any, sources: Prepared) -> dict[str, Any]:
     """What a checkpoint must agree with to be resumed: base model, data, recipe."""
     dump = recipe.model_dump(mode="json")
     for key in (*RUNTIME_KEYS, "output"):
@@ -149,6 +154,7 @@ def run_facts(recipe: Recipe, trainee: Any, sources: Prepared) -> dict[str, Any]
     return {
         "recipe_digest": hashlib.sha256(json.dumps(dump, sort_keys=True).encode()).hexdigest(),
         "base_digest": base_digest(trainee),
+        "tokenizer_digest": tokenizer_digest(tokenizer),
         "fingerprints": {name: source.fingerprint for name, source in sources.items()},
     }
 

@@ -16,7 +16,7 @@ from trainer.config import RunError
 from trainer.data.batch import Batch, target_counts
 from trainer.objectives import Terms, per_target
 from trainer.run import Run, finish, memory_bytes
-from trainer.world import seed_step
+from trainer.world import World, seed_step
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,9 @@ class StepReport:
     grad_norm: float = math.nan
     sums: dict[str, torch.Tensor] = field(default_factory=dict)  # of this rank's clean passes
     tokens: int = 0  # real tokens of this rank
+    totals: dict[str, float] = field(default_factory=dict)  # the sums and tokens over all ranks
+    spike: bool = False  # the loss rose beyond the recipe's limit
+    applied: bool = True  # whether the update was to be made
 
     def add(self, terms: dict[str, Terms], attempt: Pass, batch: Batch) -> None:
         """Take one pass's detached sums; perturbed passes do not count as the loss."""
@@ -41,10 +44,26 @@ class StepReport:
                 key = f"{task}/{name}"
                 self.sums[key] = self.sums.get(key, 0.0) + value.detach().double()
 
+    def close(self, world: World) -> None:
+        """Sum over ranks, once; from here on the numbers are those of the global step, the same on every rank."""
+        local = {f"{task}/{name}": 0.0 for task in self.counts for name in Terms._fields}
+        local |= {key: float(value) for key, value in self.sums.items()}
+        self.totals = world.sum({**local, "tokens": float(self.tokens)})
+
+    def mean(self, name: str) -> float:
+        """A summed term (loss, nll, correct) over all tasks, divided by all targets."""
+        total = sum(self.totals[f"{task}/{name}"] for task in self.counts)
+        return total / max(sum(self.counts.values()), 1e-12)
+
+    @property
+    def loss(self) -> float:
+        """The mean loss per target of the global step."""
+        return self.mean("loss")
+
     @property
     def skipped(self) -> bool:
-        """Whether the update was left out because the gradient was not finite."""
-        return not math.isfinite(self.grad_norm)
+        """Whether the update was left out: the gradient was not finite, or the loss a spike."""
+        return not (self.applied and math.isfinite(self.grad_norm))
 
 
 def train_step(run: Run) -> StepReport:
@@ -62,8 +81,12 @@ def train_step(run: Run) -> StepReport:
             run.engine.backward(attempt.share * loss, last=last_batch and attempt.last)
             report.add(terms, attempt, batch)
 
-    report.grad_norm = run.engine.step(run.lr_factor(), pull=run.anchor.pull)  # clip, pull, update, zero
+    report.close(run.world)  # the sums of the whole step
+    report.spike = run.spikes.judge(report.loss)
+    report.applied = not (report.spike and run.spikes.forbids)
+    report.grad_norm = run.engine.step(run.lr_factor(), pull=run.anchor.pull, apply=report.applied)
     run.anchor.observe(run.engine.slots())  # SI measures the move
+    run.ema.observe(run.engine.slots())
     run.step += 1
     run.stage_step += 1
     return report
@@ -78,11 +101,13 @@ def flag_last(batches: list[Batch]) -> Iterator[tuple[Batch, bool]]:
 def train(run: Run) -> str:
     """Walk the stages to the end or to a stop signal; returns the status: complete or preempted."""
     run.evaluate_baseline()
-    while run.stage_index < len(run.recipe.stages):
+    while True:
         status = walk_stage(run)
         if status == "preempted":
             run.save()
             return status
+        if run.stage_index + 1 == len(run.recipe.stages):
+            break  # the position stays inside the last stage: a later run with a longer one goes on there
         run.next_stage()
     finish(run)
     return "complete"
@@ -95,10 +120,18 @@ def walk_stage(run: Run) -> str:
         if run.world.any(run.stop.raised):
             run.tracker.event(run.step, "preempted", f"signal {run.stop.name or 'on another rank'}")
             return "preempted"
+        if run.step + 1 in run.recipe.guard.skip_steps:
+            run.pass_over()
+            continue
         report = train_step(run)
         ended = time.perf_counter()
         record(run, report, ended - started)
         guard(run, report)
+        if report.spike:
+            run.tracker.event(run.step, "spike", f"loss {report.loss:.4g}; examples {run.shown_ids()}")
+            if run.spikes.policy == "rollback" and run.roll_back():
+                continue
+        run.check_replicas_if_due()
         run.evaluate_if_due()
         run.save_if_due()
         started = time.perf_counter()
@@ -106,30 +139,26 @@ def walk_stage(run: Run) -> str:
 
 
 def record(run: Run, report: StepReport, seconds: float) -> None:
-    """Write the finished step as a `step` row; sums over ranks happen here, once."""
-    local = {key: float(value) for key, value in report.sums.items()}
-    for task in report.counts:
-        for name in Terms._fields:
-            local.setdefault(f"{task}/{name}", 0.0)
-    total = run.world.sum({**local, "tokens": float(report.tokens)})
-    targets = sum(report.counts.values())
+    """Write the finished step as a `step` row."""
+    total, tokens = report.totals, int(report.totals["tokens"])
     row: dict[str, Any] = {
         "step": report.step,
         "stage": run.stage.name,
-        "loss": sum(total[f"{task}/loss"] for task in report.counts) / max(targets, 1e-12),
+        "loss": report.loss,
         "losses": {task: total[f"{task}/loss"] / count for task, count in report.counts.items() if count},
-        "nll": sum(total[f"{task}/nll"] for task in report.counts) / max(targets, 1e-12),
-        "accuracy": sum(total[f"{task}/correct"] for task in report.counts) / max(targets, 1e-12),
+        "nll": report.mean("nll"),
+        "accuracy": report.mean("correct"),
         "grad_norm": report.grad_norm,
         "lr": run.peak_lr * run.last_lr_factor,
         "examples": len(run.loader.step_ids()),
-        "tokens": int(total["tokens"]),
-        "targets": targets,
+        "tokens": tokens,
+        "targets": sum(report.counts.values()),
         "seconds": seconds,
-        "tokens_per_second": total["tokens"] / seconds,
+        "tokens_per_second": tokens / seconds,
         "memory_bytes": int(run.world.max(memory_bytes(run.world.device))),
         "penalty": run.anchor.penalties(),
         "skipped": report.skipped,
+        "spike": report.spike,
     }
     if report.step % run.recipe.tracking.every == 0 or report.skipped:
         run.tracker.step(row)
@@ -141,12 +170,11 @@ def guard(run: Run, report: StepReport) -> None:
 
     Raises RunError on every rank in the same step, since the gradient norm is the same on all.
     """
-    if not report.skipped:
+    if math.isfinite(report.grad_norm):
         run.skipped_in_row = 0
         return
     run.skipped_in_row += 1
-    ids = run.loader.step_ids()
-    shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+    shown = run.shown_ids()
     run.tracker.event(report.step, "skip", f"gradient norm {report.grad_norm}; examples {shown}")
     limit = run.recipe.guard.nonfinite_limit
     if run.skipped_in_row >= limit:

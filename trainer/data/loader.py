@@ -60,14 +60,18 @@ class Loader:
         """Where the stream stands, as JSON; the same on every rank and for every number of ranks."""
         return {"step": self.position["step"], "drawn": dict(self.position["drawn"])}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go on behind the step at which ``state`` was taken. Raises ValueError for another stage's state."""
+    def load(self, state: Mapping[str, Any], missing_ok: bool = False) -> None:
+        """Go on behind the step at which ``state`` was taken.
+
+        Raises ValueError for another stage's state, whose sources this stage lacks; with ``missing_ok`` they are
+        dropped.
+        """
         foreign = sorted(set(state["drawn"]) - set(self.plan.sources))
-        if foreign:
+        if foreign and not missing_ok:
             raise ValueError(f"the saved position has sources that this stage lacks: {', '.join(foreign)}")
         self.position = {
             "step": int(state["step"]),
-            "drawn": {name: int(count) for name, count in state["drawn"].items()},
+            "drawn": {name: int(count) for name, count in state["drawn"].items() if name not in foreign},
         }
         self.chosen = []
 
