@@ -99,7 +99,7 @@ def test_another_recipe_or_other_data_is_refused(tmp_path: Path, tiny_folder: Pa
         tmp_path / "run", tiny_folder, chats, "lora", CUTS["packed"], until={"steps": 3, "epochs": None}
     )
     run_until(recipe, 2)
-    other = build_recipe(recipe | {"optimizer": {"lr": 0.5}})
+    other = build_recipe(recipe | {"optimizer": recipe["optimizer"] | {"lr": 0.5}})
     assert [str(change) for change in standing(other).changes] == ["stages.0.optimizer.lr: 0.003 -> 0.5"]
     other = build_recipe(recipe | {"tuning": {"method": "lora", "rank": 8}})
     with pytest.raises(UserError, match=r"tuning.rank: 4 -> 8.*tensors would not fit"):
@@ -111,6 +111,43 @@ def test_another_recipe_or_other_data_is_refused(tmp_path: Path, tiny_folder: Pa
     changed.write_text("\n".join(reversed(chats.read_text().splitlines())) + "\n")
     with pytest.raises(UserError, match=r"sources: the data of chats changed.*--allow-data-change"):
         run_here(recipe | {"sources": {"chats": {"path": str(changed), "format": "messages"}}})
+
+
+def test_a_finished_run_given_more_steps_goes_on_as_if_it_had_always_had_them(
+    tmp_path: Path, tiny_folder: Path, chats: Path
+) -> None:
+    constant = {"schedule": {"name": "constant"}, "tuning": {"method": "lora", "rank": 4, "dropout": 0.1}}
+
+    def recipe(folder: str, steps: int) -> dict[str, Any]:
+        until = {"steps": steps, "epochs": None}
+        return recipe_for(tmp_path / folder, tiny_folder, chats, "lora", CUTS["packed"], until=until, **constant)
+
+    run_here(recipe("stopped", 7))
+    assert standing(build_recipe(recipe("stopped", 7))).nothing_to_do
+    assert not standing(build_recipe(recipe("stopped", 20))).nothing_to_do
+    run_here(recipe("stopped", 20))
+    run_here(recipe("whole", 20))
+    identical(outcome(tmp_path / "stopped"), outcome(tmp_path / "whole"))
+    record = read_run(tmp_path / "stopped")
+    assert record["changes"][0]["keys"] == {"stages.0.until.steps": [7, 20]}
+    events = [row for row in read_rows(tmp_path / "stopped") if row["kind"] == "event"]
+    assert any(row["name"] == "recipe_changed" and "until.steps: 7 -> 20" in row["detail"] for row in events)
+
+
+def test_other_data_by_the_flag_and_recorded(tmp_path: Path, tiny_folder: Path, chats: Path) -> None:
+    recipe = recipe_for(tmp_path / "run", tiny_folder, chats, "lora", CUTS["packed"])
+    run_until(recipe, 4)
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text("\n".join(reversed(chats.read_text().splitlines())) + "\n")
+    recipe |= {"sources": {"chats": {"path": str(changed), "format": "messages"}}, "seed": 18}
+    with pytest.raises(UserError, match=r"--allow-data-change"):
+        run_here(recipe)
+    with open_session(build_recipe(recipe), console=False, allow_data_change=True) as run:
+        assert run.step == 4
+        run.status = train(run)
+    record = read_run(tmp_path / "run")
+    assert record["changes"][-1]["allow_data_change"] and record["changes"][-1]["keys"]["seed"] == [17, 18]
+    assert record["status"] == "complete"
 
 
 def test_nonfinite_steps_are_skipped_counted_and_then_fatal(tmp_path: Path, tiny_folder: Path, chats: Path) -> None:
