@@ -240,7 +240,7 @@ class Run:
 
     def _position(self, state: Mapping[str, Any]) -> None:
         """Bring everything but the tensors to a saved position; called between verification and loading."""
-        check_facts(state, self.facts, self.allow_data_change)
+        check_facts(self.recipe, state, self.facts, self.allow_data_change)
         self.stage_index = min(state["stage"], len(self.recipe.stages) - 1) - 1
         self.next_stage()
         self.step, self.stage_step = state["step"], state["stage_step"]
@@ -340,18 +340,21 @@ FACTS = {  # what a checkpoint must agree with, and what it is of
 }
 
 
-def check_facts(old: Mapping[str, Any], new: Mapping[str, Any], allow_data_change: bool) -> None:
-    """Raise UserError where a run's base model, tokenizer or data are not those it was trained on."""
+def check_facts(recipe: Recipe, old: Mapping[str, Any], new: Mapping[str, Any], allow_data_change: bool) -> None:
+    """Raise UserError where a run's base model, tokenizer or training data are not those it was trained on."""
     for key, what in FACTS.items():
         before, now = old.get(key), new.get(key)
-        if before == now or before is None or (key == "fingerprints" and allow_data_change):
+        if before == now or before is None or now is None:
             continue
         if key == "fingerprints":
-            names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-            raise UserError(
-                f"{what} of {', '.join(names)} changed since the run began; restore it, start a new `output`, "
-                f"or go on with it by {FLAG}"
-            )
+            trained = sorted({name for stage in recipe.stages for name in stage.mixture})
+            names = [name for name in trained if before.get(name, now[name]) != now[name]]
+            if names and not allow_data_change:
+                raise UserError(
+                    f"{what} of {', '.join(names)} changed since the run began; restore it, start a new `output`, "
+                    f"or go on with it by {FLAG}"
+                )
+            continue
         raise UserError(
             f"{what} is not the one of this run ({before[:12]} became {now[:12]}); restore it, or start a new `output`"
         )

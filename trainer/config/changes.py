@@ -47,6 +47,8 @@ RULES: tuple[tuple[str, Verdict], ...] = (
     ("stages.*.until.*", "length"),
     ("stages.*.batch.micro_tokens", "length"),  # cuts a step's examples in another way; they stay the same
     ("stages.*.batch.packing", "length"),
+    ("sources.*.path", "free"),  # as model.path
+    ("sources.*.revision", "free"),
     ("*", "data"),  # sources, mixtures, batch, objective, seed, stages, name
 )
 
@@ -70,14 +72,23 @@ def verdict_of(key: str) -> Verdict:
 
 
 def changes(old: Recipe, new: Recipe) -> list[Change]:
-    """Every resolved key in which two recipes differ, in the order of the schema; absent values are None."""
+    """Every resolved key in which two recipes differ, in the order of the schema; absent values are None.
+
+    A source that no stage draws from, in either recipe, is evaluation's and as free as that.
+    """
+    trained = {name for recipe in (old, new) for stage in recipe.stages for name in stage.mixture}
     first, second = (dict(flatten(recipe.model_dump(mode="json"))) for recipe in (old, new))
     keys = list(dict.fromkeys([*first, *second]))
     return [
-        Change(key, first.get(key), second.get(key), verdict_of(key))
+        Change(key, first.get(key), second.get(key), "free" if _held_out(key, trained) else verdict_of(key))
         for key in keys
         if first.get(key) != second.get(key)
     ]
+
+
+def _held_out(key: str, trained: set[str]) -> bool:
+    section, _, rest = key.partition(".")
+    return section == "sources" and not any(rest.startswith(f"{name}.") for name in trained)
 
 
 def flatten(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
