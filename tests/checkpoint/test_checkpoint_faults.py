@@ -155,7 +155,7 @@ def test_a_forged_manifest_is_refused(folder: Path, name: str) -> None:
 
 
 def test_a_later_format_is_the_users_to_solve_not_skipped(folder: Path) -> None:
-    forged(folder, lambda m: m.update(format=2, novelty=1))
+    forged(folder, lambda m: m.update(format=3, novelty=1))
     with pytest.raises(UserError, match="later version"):
         load(folder, single(), World())
 

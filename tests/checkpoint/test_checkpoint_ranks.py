@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trainer.checkpoint import load, save, verify
 from trainer.checkpoint.manifest import newest
-from trainer.checkpoint.ranges import Reader
+from trainer.checkpoint.reader import Reader
 from trainer.config.schema import Engine, Optimizer, Tuning
 from trainer.data.batch import Batch
 from trainer.engine.single import SingleEngine

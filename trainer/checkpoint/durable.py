@@ -17,7 +17,9 @@ STAGING = ".staging-"
 REPLACED = ".replaced-"
 REMOVING = ".removing-"
 
-_STAGED = re.compile(re.escape(STAGING) + r".+@(?P<host>[A-Za-z0-9._-]+)\+(?P<pid>\d+)\+(?P<start>\d+)")
+_STAGED = re.compile(
+    re.escape(STAGING) + r".+@(g(?P<generation>\d+)\+)?(?P<host>[A-Za-z0-9._-]+)\+(?P<pid>\d+)\+(?P<start>\d+)"
+)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -50,11 +52,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def staging_folder(target: Path) -> Path:
-    """A new empty folder beside `target`; its name tells its writer (host, process, start), so that a later one can
-    see whether that writer is dead."""
-    host, pid = _host(), os.getpid()
-    staging = target.with_name(f"{STAGING}{target.name}@{host}+{pid}+{_started(pid)}")
+def staging_folder(target: Path, generation: int = 0) -> Path:
+    """A new empty folder beside `target`; its name tells its writer (generation of its lease, host, process, start), so
+    that a later one can see whether that writer is fenced off or dead."""
+    pid = os.getpid()
+    writer = f"g{generation:08d}+{host_name()}+{pid}+{started(pid)}"
+    staging = target.with_name(f"{STAGING}{target.name}@{writer}")
     if staging.exists():
         remove_folder(staging)  # our own, of a save that failed
     staging.mkdir(parents=True)
@@ -78,8 +81,8 @@ def remove_folder(folder: Path) -> None:
     if not folder.exists() and not folder.is_symlink():
         return
     doomed = folder
-    if not folder.name.startswith((STAGING, REMOVING)):
-        doomed = folder.with_name(REMOVING + folder.name.lstrip("."))
+    if not folder.name.startswith(REMOVING):
+        doomed = folder.with_name(REMOVING + folder.name.removeprefix(STAGING).lstrip("."))
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
     if doomed.is_symlink() or not doomed.is_dir():
@@ -91,35 +94,42 @@ def remove_folder(folder: Path) -> None:
         log.warning("could not remove %s: %s", doomed, error)
 
 
-def clean(parent: Path, prefix: str) -> None:
-    """Remove what killed writers of folders `prefix...` left: half removed ones, and staged ones whose writer ran on
-    this host and is dead. One staged from another host stays: from here nobody can tell whether its writer lives."""
+def clean(parent: Path, prefix: str, generation: int = 0) -> None:
+    """Remove what killed writers of folders `prefix...` left: half removed ones, and staged ones of an earlier
+    generation than the caller's lease, or whose writer ran on this host and is dead. Without a lease one staged from
+    another host stays: nobody can tell whether its writer lives. A fenced writer that still lives finds its folder gone
+    when it comes to rename it."""
     marks = (STAGING, REPLACED, REMOVING)
     for path in sorted(path for mark in marks for path in parent.glob(f"{mark}{glob.escape(prefix)}*")):
         staged = _STAGED.fullmatch(path.name)
-        if path.name.startswith(REMOVING) or (staged and _dead(staged["host"], int(staged["pid"]), staged["start"])):
-            log.info("removing %s, left by a writer that died", path)
+        fenced = staged is not None and int(staged["generation"] or 0) < generation
+        dead = staged is not None and _dead(staged["host"], int(staged["pid"]), staged["start"])
+        if path.name.startswith(REMOVING) or fenced or dead:
+            log.info("removing %s, left by a writer that died or lost its lease", path)
             remove_folder(path)
         elif path.name.startswith(REPLACED) and path.with_name(path.name[len(REPLACED) :]).exists():
             remove_folder(path)
 
 
 def _dead(host: str, pid: int, start: str) -> bool:
-    return host == _host() and _started(pid) != start
+    return host == host_name() and started(pid) != start
 
 
-def _host() -> str:
+def host_name() -> str:
+    """This host's name, of characters that a file's name may hold."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname()) or "unknown"
 
 
-def _started(pid: int) -> str:
-    """When a process started, in clock ticks since boot; "" if there is none. A number used again differs in it.
+def started(pid: int) -> str:
+    """When a process started, in clock ticks since boot; "" if none lives. A number used again differs in it.
 
-    Without /proc the bare fact that the process lives answers "0".
+    A process that has ended and waits for its parent to notice is dead. Without /proc the bare fact that the process
+    lives answers "0".
     """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except FileNotFoundError:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    except (FileNotFoundError, ProcessLookupError):
         if Path("/proc/self/stat").exists():
             return ""
     try:

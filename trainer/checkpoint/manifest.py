@@ -5,21 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import stat
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trainer.checkpoint.durable import REPLACED, sha256
+from trainer.checkpoint.shard_file import WIDTHS, check_index
 from trainer.config.errors import RunError, UserError
 
-FORMAT = 1
+FORMAT = 2  # 1 had no `generation` and no `shadows`; it is read for ever (tests/checkpoint/golden)
 MANIFEST = "manifest.json"
 SEAL = "manifest.sha256"  # as sha256sum writes it, so that `sha256sum -c` checks the manifest by hand
 LARGEST_MANIFEST = 1 << 29  # bytes; 8,000 tensors on 512 ranks make about 0.3 GB
+_SMALL_MANIFEST = 1 << 20  # bytes; beyond it a manifest is at most four times the shards that it describes
 
 STEP_PREFIX = "step-"
 _STEP = re.compile(re.escape(STEP_PREFIX) + r"(\d{8,18})")
@@ -50,15 +54,16 @@ class Range(_Record):
 
 
 class TensorRecord(_Record):
-    """One logical tensor: a parameter (kind `param`) or an optimizer state of it (kind `exp_avg`, ...).
+    """One logical tensor: a parameter (kind `param`), an optimizer state of it (kind `exp_avg`, ...), or a shadow of it
+    (kind `ema`, ...).
 
     A `whole` tensor (8-bit states: blocks of codes and their scales) has a shape of its own and cannot be cut.
     """
 
-    kind: str
-    name: str
-    shape: list[int]
-    dtype: str
+    kind: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    name: str = Field(min_length=1, max_length=1024)
+    shape: list[Annotated[int, Field(ge=0)]] = Field(max_length=16)
+    dtype: Literal[tuple(WIDTHS)]  # type: ignore[valid-type]
     whole: bool
     ranges: list[Range]
 
@@ -66,13 +71,24 @@ class TensorRecord(_Record):
         """The key of a range in its shard file."""
         return shard_key(self.kind, self.name, start, whole=self.whole)
 
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor."""
+        return math.prod(self.shape)
+
 
 class Manifest(_Record):
-    """The index of one checkpoint: files with digests, tensors with ranges, per-parameter counters, the run's state."""
+    """The index of one checkpoint: files with digests, tensors with ranges, per-parameter counters, the run's state.
 
-    format: int
+    `generation` is that of the lease under which it was written (0: without one); `shadows` are the kinds that belong
+    to no optimizer.
+    """
+
+    format: int = Field(ge=1, le=FORMAT)
     step: int = Field(ge=0)
     world_size: int = Field(ge=1)
+    generation: int = Field(0, ge=0)
+    shadows: list[str] = []
     files: dict[str, FileRecord]
     tensors: list[TensorRecord]
     counters: dict[str, dict[str, int | float]]
@@ -139,7 +155,8 @@ def read_manifest(folder: Path) -> Manifest:
     for name in (MANIFEST, SEAL):
         if name not in present:
             raise CheckpointError(f"{folder / name}: missing")
-    if present[MANIFEST] > LARGEST_MANIFEST or present[SEAL] > 1024:
+    shards = sum(size for name, size in present.items() if name not in (MANIFEST, SEAL))
+    if present[MANIFEST] > min(LARGEST_MANIFEST, _SMALL_MANIFEST + 4 * shards) or present[SEAL] > 1024:
         raise CheckpointError(f"{folder / MANIFEST}: {present[MANIFEST]} bytes: larger than any manifest")
     data = (folder / MANIFEST).read_bytes()
     if (folder / SEAL).read_bytes() != _seal(data):
@@ -159,20 +176,45 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    """Compare the named shards with their digests. Raises CheckpointError that names the first that differs."""
-    for name in names:
-        if sha256(folder / name) != manifest.files[name].sha256:
-            raise CheckpointError(f"{folder / name}: SHA-256 differs from the manifest")
+    """Compare the named shards with their digests, and their headers with the manifest.
+
+    Raises CheckpointError that names the first that differs.
+    """
+    expected = contents(manifest)
+    paths = [folder / name for name in names]
+    cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    with ThreadPoolExecutor(cores) as pool:  # hashing lets go of the interpreter's lock
+        for path, digest in zip(paths, pool.map(sha256, paths), strict=True):
+            if digest != manifest.files[path.name].sha256:
+                raise CheckpointError(f"{path}: SHA-256 differs from the manifest")
+    for path in paths:
+        try:
+            check_index(path, expected.get(path.name, {}))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+
+def contents(manifest: Manifest) -> dict[str, dict[str, tuple[str, list[int]]]]:
+    """What each shard's header must say: file -> key -> dtype and shape."""
+    found: dict[str, dict[str, tuple[str, list[int]]]] = {}
+    for tensor in manifest.tensors:
+        for part in tensor.ranges:
+            shape = tensor.shape if tensor.whole else [part.numel]
+            found.setdefault(part.file, {})[tensor.key(part.start)] = tensor.dtype, shape
+    return found
 
 
 def check_coverage(manifest: Manifest) -> None:
     """Every tensor's ranges cover [0, numel) once each, in files of the checkpoint. Raises CheckpointError."""
     seen: set[tuple[str, str]] = set()
+    held = dict.fromkeys(manifest.files, 0)
     for tensor in manifest.tensors:
         label = f"{tensor.kind}/{tensor.name}"
         if (tensor.kind, tensor.name) in seen:
             raise CheckpointError(f"{label}: listed twice")
         seen.add((tensor.kind, tensor.name))
+        if tensor.whole and len(tensor.ranges) != 1:
+            raise CheckpointError(f"{label}: whole, but in {len(tensor.ranges)} ranges")
         end = 0
         for part in sorted(tensor.ranges, key=lambda part: (part.start, part.numel)):
             if part.file not in manifest.files:
@@ -180,8 +222,12 @@ def check_coverage(manifest: Manifest) -> None:
             if part.start != end:
                 raise CheckpointError(f"{label}: {'gap' if part.start > end else 'overlap'} at element {end}")
             end += part.numel
-        if end != math.prod(tensor.shape):
-            raise CheckpointError(f"{label}: {end} of {math.prod(tensor.shape)} elements")
+            held[part.file] += part.numel * WIDTHS[tensor.dtype]
+        if end != tensor.numel:
+            raise CheckpointError(f"{label}: {end} of {tensor.numel} elements")
+    for name, size in held.items():
+        if size > manifest.files[name].size:
+            raise CheckpointError(f"{name}: {manifest.files[name].size} bytes cannot hold the {size} listed in it")
 
 
 def _regular_files(folder: Path) -> dict[str, int]:
@@ -207,7 +253,7 @@ def _parse(path: Path, data: bytes) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{path}: {where}: {first['msg']}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
     for name in manifest.files:
         if not re.fullmatch(_SHARD, name):

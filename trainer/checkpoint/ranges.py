@@ -21,7 +21,7 @@ DTYPES = {
 PARAMETER = "param"
 
 Shadows = Mapping[str, Sequence[Tensor]]
-"""kind -> one 1-D local tensor for each slot of `engine.slots()`, in order: as long as the slot's owner, of any dtype."""
+"""kind -> one 1-D local tensor for each slot of `engine.slots()`, in order; as long as the slot's owner, any dtype."""
 
 
 @dataclass(frozen=True)

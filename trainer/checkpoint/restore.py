@@ -21,12 +21,14 @@ from trainer.checkpoint.manifest import (
 from trainer.checkpoint.ranges import (
     DTYPES,
     PARAMETER,
-    Reader,
+    Shadows,
     counters,
     entries,
     set_counters,
+    shadow_entries,
     state_tensors,
 )
+from trainer.checkpoint.reader import Reader
 from trainer.config.errors import UserError
 from trainer.engine.base import Engine, Slot
 from trainer.world import World
@@ -39,15 +41,21 @@ Prepare = Callable[[dict[str, Any]], None]
 class Loaded(dict[str, Any]):
     """The run's state as it was saved; and from which folder and step it came, and why newer ones were refused."""
 
-    def __init__(self, state: dict[str, Any], path: Path, step: int, refused: list[str]) -> None:
+    def __init__(self, state: dict[str, Any], path: Path, step: int, refused: tuple[str, ...]) -> None:
         super().__init__(state)
         self.path = path
         self.step = step
-        self.refused = tuple(refused)
+        self.refused = refused
 
 
 def load(
-    where: Path, engine: Engine, world: World, prepare: Prepare | None = None, *, optimizer: bool = True
+    where: Path,
+    engine: Engine,
+    world: World,
+    prepare: Prepare | None = None,
+    *,
+    optimizer: bool = True,
+    shadows: Callable[[], Shadows] = dict,
 ) -> Loaded:
     """Restore the engine from a checkpoint, or from the newest good one of a folder of checkpoints.
 
@@ -55,30 +63,42 @@ def load(
     that work). In a folder, a bad one is skipped with a warning for the next older. Raises CheckpointError with every
     reason if none is good, or none is there: starting from zero is for the caller to decide, by `newest(folder) == []`.
     `prepare` gets the verified state before the engine is touched: there the caller gives the engine the optimizer of
-    the saved stage, or raises. Without `optimizer`, values alone are read (to evaluate or export).
-    Raises UserError where the trainable parameters or the optimizer differ from the saved ones.
+    the saved stage, or raises. Without `optimizer`, values alone are read (to evaluate or export). `shadows`, asked
+    after `prepare`, gives the tensors that further kinds are read into; kinds that it does not name are passed over.
+    Raises UserError where the trainable parameters, the optimizer or the shadows differ from the saved ones.
     """
+    with open_checkpoint(where, world) as reader:
+        if prepare is not None:
+            prepare(reader.manifest.state)
+        _check_parameters(reader, engine, world)
+        beside = shadows()
+        agreed(world, lambda: _check_shadows(reader, engine, beside))
+        if optimizer:
+            _restore(reader, engine, world)
+        else:
+            agreed(world, lambda: _fill_values(reader, engine))
+            engine.after_load()
+        agreed(world, lambda: _fill_shadows(reader, engine, beside))
+        return Loaded(reader.manifest.state, reader.folder, reader.manifest.step, reader.refused)
+
+
+def open_checkpoint(where: Path, world: World | None = None) -> Reader:
+    """A reader of one checkpoint's folder, or of the newest good one in a folder of checkpoints, every byte verified.
+
+    Called by every rank of `world` (default: one process alone). `reader.refused` says why newer ones were passed over.
+    Raises CheckpointError with every reason if none is good, or none is there.
+    """
+    world = world or World()
     one = step_of(where) is not None
     names = agreed(world, lambda: [path.name for path in newest(where)] if world.is_main and not one else [])[0]
     refused: list[str] = []
     for path in [where] if one else [where / name for name in names]:
         try:
-            manifest = _verify_together(path, world)
+            return Reader(path, _verify_together(path, world), tuple(refused))
         except CheckpointError as error:
             if world.is_main:
                 log.warning("checkpoint refused: %s", error)
             refused.append(str(error))
-            continue
-        if prepare is not None:
-            prepare(manifest.state)
-        _check_parameters(path, manifest, engine, world)
-        with Reader(path, manifest) as reader:
-            if optimizer:
-                _restore(path, manifest, reader, engine, world)
-            else:
-                agreed(world, lambda reader=reader: _fill_values(reader, engine))  # type: ignore[misc]
-                engine.after_load()
-        return Loaded(manifest.state, path, manifest.step, refused)
     reasons = "; ".join(refused) or "there is none"
     raise CheckpointError(f"{where}: no usable checkpoint: {reasons}: restore one, or start a new run elsewhere")
 
@@ -98,15 +118,15 @@ def _verify_together(path: Path, world: World) -> Manifest:
     return manifests[0]
 
 
-def _restore(path: Path, manifest: Manifest, reader: Reader, engine: Engine, world: World) -> None:
+def _restore(reader: Reader, engine: Engine, world: World) -> None:
     engine.prepare_state()
-    agreed(world, lambda: _check_states(path, manifest, reader, engine))
-    agreed(world, lambda: _fill(manifest, reader, engine))
+    agreed(world, lambda: _check_states(reader.folder, reader.manifest, reader, engine))
+    agreed(world, lambda: _fill(reader.manifest, reader, engine))
     engine.after_load()
-    agreed(world, lambda: _check_counters(manifest, engine))
+    agreed(world, lambda: _check_counters(reader.manifest, engine))
 
 
-def _check_parameters(path: Path, manifest: Manifest, engine: Engine, world: World) -> None:
+def _check_parameters(reader: Reader, engine: Engine, world: World) -> None:
     """Trainable names, shapes and dtypes over all ranks against the saved ones; the same UserError on every rank."""
     own = {
         piece.name: f"{list(piece.shape)} {DTYPES[slot.owner.dtype]}"
@@ -114,15 +134,33 @@ def _check_parameters(path: Path, manifest: Manifest, engine: Engine, world: Wor
         for piece in slot.pieces
     }
     live = {name: text for row in agreed(world, lambda: own) for name, text in row.items()}
-    saved = {t.name: f"{t.shape} {t.dtype}" for t in manifest.tensors if t.kind == PARAMETER}
+    saved = {t.name: f"{t.shape} {t.dtype}" for t in reader.manifest.tensors if t.kind == PARAMETER}
     names = sorted(name for name in live.keys() | saved.keys() if live.get(name) != saved.get(name))
     if names:
         shown = "; ".join(
             f"{name}: saved {saved.get(name, 'not')}, trainable now {live.get(name, 'not')}" for name in names[:3]
         )
         raise UserError(
-            f"{path}: {len(names)} parameters differ: {shown}: resume with the model and tuning it was saved with"
+            f"{reader.folder}: {len(names)} parameters differ: {shown}: resume with the model and tuning it was saved "
+            "with"
         )
+
+
+def _check_shadows(reader: Reader, engine: Engine, shadows: Shadows) -> None:
+    for part in (part for parts in shadow_entries(list(engine.slots()), shadows) for part in parts):
+        record = reader.tensors.get((part.kind, part.name)) if part.kind in reader.manifest.shadows else None
+        now = f"{list(part.shape)} {DTYPES[part.view.dtype]}"
+        was = "none" if record is None else f"{record.shape} {record.dtype}"
+        if was != now:
+            raise UserError(
+                f"{reader.folder}: {part.label}: {was} was saved, {now} is asked for: ask for what was saved"
+            )
+
+
+def _fill_shadows(reader: Reader, engine: Engine, shadows: Shadows) -> None:
+    for parts in shadow_entries(list(engine.slots()), shadows):
+        for part in parts:
+            reader.read(part.kind, part.name, part.start, part.view)
 
 
 def _check_states(path: Path, manifest: Manifest, reader: Reader, engine: Engine) -> None:
