@@ -9,11 +9,11 @@ import pytest
 from data_cases import CHATML, SMOLLM2, TAGGED, THINKING, TOOLS, chat, make_tokenizer
 
 from trainer.config import Source, UserError
-from trainer.data.encode import Encoded, Encoder, TooLong
+from trainer.data.encode import Encoded, Encoder, TooLong, span_weights
 from trainer.data.formats import to_record
 from trainer.data.guard import TokenizerFault
 from trainer.data.readers import Row
-from trainer.data.template import Chat
+from trainer.data.template import Chat, Conversation
 
 
 def encoder_for(tokenizer: Any, objective: str = "supervised", max_length: int = 512, **source: Any) -> Encoder:
@@ -99,16 +99,19 @@ def test_the_quick_way_for_long_conversations_gives_what_the_slow_one_gives(
     row["messages"][3]["weight"] = 0.5
     encoder = encoder_for(make_tokenizer(template))
     record = to_record(Row("f", 1, row), encoder.source)
+    assert record.messages is not None
+    talk, chat_template = Conversation("f:1", record.messages), Chat(encoder.dialect)  # here: it is our own template
     seen: list[object] = []
     together = Chat._together
     monkeypatch.setattr(Chat, "_together", lambda *given: seen.append(together(*given)) or seen[-1])
-    (quick,) = encoder.encode([record])
+    quick = chat_template.rendered(talk, "assistant")
     assert isinstance(seen[-1], dict) and len(seen[-1]) == 5
     monkeypatch.setattr("trainer.data.template.TOGETHER", 99)
-    (slow,) = encoder.encode([record])
-    assert seen[-1] is None
-    assert isinstance(quick, Encoded) and isinstance(slow, Encoded)
-    assert quick.weights.tolist() == slow.weights.tolist() and {0.0, 0.5, 1.0} == set(quick.weights.tolist())
+    slow = chat_template.rendered(talk, "assistant")
+    assert seen[-1] is None and quick.text == slow.text
+    (encoding,) = encoder.tokenizer([quick.text], add_special_tokens=False).encodings
+    weights = [span_weights(encoding, rendered, encoder.specials).tolist() for rendered in (quick, slow)]
+    assert weights[0] == weights[1] and {0.0, 0.5, 1.0} == set(weights[0])
 
 
 def test_spans_that_cannot_be_established_are_refused() -> None:

@@ -10,9 +10,10 @@ import numpy as np
 
 from trainer.config.errors import UserError
 from trainer.config.schema import Source
+from trainer.data import renderer
 from trainer.data.formats import Record
 from trainer.data.guard import TokenizerFault
-from trainer.data.template import Chat, Rendered, Span
+from trainer.data.template import Conversation, Dialect, Rendered, Span, dialect
 
 SURE_TEXT = 1_000_000  # characters from which a text is measured by its size before it is tokenised
 
@@ -52,7 +53,7 @@ class Encoder:
             raise TokenizerFault(f"{key}: the tokenizer gives no character offsets; use a model with a tokenizer.json")
         added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.specials = frozenset(added | set(tokenizer.all_special_ids))
-        self.chat: Chat | None = None
+        self._dialect: Dialect | None = None
         self.known: dict[str, np.ndarray] = {}  # text -> ids, of the records at hand
         self.train_on = "all" if objective == "language-modeling" else source.train_on
         # A token never stands for more characters than its own text is long.
@@ -66,8 +67,9 @@ class Encoder:
         self._tokenise_together(records)
         results: list[Encoded | TooLong | UserError | None] = []
         rendered: list[tuple[int, Rendered]] = []
+        chats = iter(self._chats([record for record in records if record.messages is not None]))
         for record in records:
-            result = self._one(record)
+            result = next(chats) if record.messages is not None else self._one(record)
             if isinstance(result, Rendered):
                 rendered.append((len(results), result))
             results.append(None if isinstance(result, Rendered) else result)
@@ -90,13 +92,23 @@ class Encoder:
             given = self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
             self.known = {text: np.array(ids, np.int32) for text, ids in zip(texts, given, strict=True)}
 
-    def _one(self, record: Record) -> Encoded | TooLong | Rendered | UserError:
-        """The finished example, or the text of a conversation, which is tokenised with its neighbours."""
+    def _chats(self, records: Sequence[Record]) -> list[Rendered | TooLong | UserError]:
+        """The text of each conversation, to be tokenised with its neighbours, or its own fault."""
+        if not records:
+            return []
+        conversations = [_conversation(record) for record in records]
+        chats = renderer.render(self.dialect, conversations, self.train_on)
+        return [chat if isinstance(chat, UserError) else self._surely_long(len(chat.text)) or chat for chat in chats]
+
+    @property
+    def dialect(self) -> Dialect:
+        """The tokenizer's chat template. Raises TokenizerFault where it has none."""
+        self._dialect = self._dialect or dialect(self.tokenizer, self.key)
+        return self._dialect
+
+    def _one(self, record: Record) -> Encoded | TooLong | UserError:
+        """The finished example of a record that is no conversation."""
         try:
-            if record.messages is not None:
-                self.chat = self.chat or Chat(self.tokenizer, self.key)
-                chat = self.chat.rendered(record, self.train_on)
-                return self._surely_long(len(chat.text)) or chat
             size = len(record.text or "") + len(record.prompt or "") + len(record.completion or "")
             return self._surely_long(size) or self._plain(record)
         except TokenizerFault:
@@ -194,14 +206,18 @@ class Encoder:
         The ids are those that stand before the answer in training. Not truncated.
         """
         if record.messages is not None:
-            self.chat = self.chat or Chat(self.tokenizer, self.key)
-            text, reference = self.chat.prompt(record)
+            text, reference = renderer.prompt(self.dialect, _conversation(record))
             return self._ids(text, special=False), reference
         if record.prompt is None:
             raise UserError(
                 f"{record.place}: format {self.source.format} has no answer to compare with; use `kind: loss`"
             )
         return self.prompt_ids(record.prompt), record.completion or ""
+
+
+def _conversation(record: Record) -> Conversation:
+    assert record.messages is not None
+    return Conversation(record.place, record.messages, record.tools)
 
 
 def span_weights(encoding: Any, chat: Rendered, specials: frozenset[int]) -> np.ndarray:

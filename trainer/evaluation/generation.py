@@ -7,12 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig
 
 from trainer.config import UserError
+from trainer.data.guard import TokenizerFault
 from trainer.data.prompts import Prompt
+from trainer.data.renderer import whole
+from trainer.data.template import dialect
+from trainer.heartbeat import beat
 from trainer.model.root import Trainee
 from trainer.world import World
 
@@ -46,8 +49,10 @@ def _end_of_turn(tokenizer: Any) -> int | None:
     probe = "answer-0x7e57"
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": probe}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except (TemplateError, TypeError, ValueError):  # wants more than a plain exchange, so it closes none
+        text = whole(dialect(tokenizer, "model.path"), turns)
+    except TokenizerFault:
+        raise
+    except UserError:  # wants more than a plain exchange, so it closes none
         return None
     ids = tokenizer(text.rpartition(probe)[2], add_special_tokens=False)["input_ids"]
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -109,6 +114,7 @@ def generate_answers(
     mine: dict[str, list[int]] = {}  # JSON has no integer keys
     with greedy_generation(trainee):
         for first in range(0, len(batches), world.size):
+            beat()
             indices = batches[first + world.rank] if first + world.rank < len(batches) else []
             ids, mask = left_padded([prompts[index].ids.tolist() for index in indices] or [[pad]], pad)
             output = trainee.generate(
