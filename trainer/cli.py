@@ -13,9 +13,8 @@ from typing import Annotated
 
 import typer
 
-from trainer import __version__
-
-PREEMPTED = 75
+from trainer import __version__, heartbeat
+from trainer.signals import STOPPED, StoppedEarly, follow_launcher, stop_early
 
 app = typer.Typer(
     name="tunesmith",
@@ -28,6 +27,10 @@ app = typer.Typer(
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+StepOption = Annotated[int | None, typer.Option("--step", help="This step's checkpoint, not the newest good one.")]
+BestOption = Annotated[bool, typer.Option("--best", help="The best step by checkpoint.metric.")]
+AverageOption = Annotated[str | None, typer.Option("--average", help="An average in RUN/averages, by name.")]
+EmaOption = Annotated[bool, typer.Option("--ema", help="The moving average that training kept (ema.decay).")]
 
 
 @app.callback(invoke_without_command=True)
@@ -97,6 +100,9 @@ def train(
     from launchers.environment import cpu_environment, restart_with
 
     restart_with(cpu_environment())
+    stop_early()
+    follow_launcher()
+    heartbeat.begin()
     from trainer.config import load_recipe
     from trainer.session import open_session, preflight, standing
 
@@ -113,11 +119,12 @@ def train(
         from trainer.train import train as walk  # torch is loaded by now
 
         run.status = walk(run)
+        heartbeat.phase("finish")
         main_rank = run.world.is_main
     if main_rank:
         _report(Path(loaded.output))
     if run.status == "preempted":
-        raise typer.Exit(PREEMPTED)
+        raise typer.Exit(STOPPED)
 
 
 def _report(folder: Path) -> None:
@@ -138,15 +145,42 @@ def evaluate(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[evaluation.KEY=VALUE]...", help="Overrides of evaluation.")
     ] = None,
+    step: StepOption = None,
+    best: BestOption = False,
+    average: AverageOption = None,
+    ema: EmaOption = False,
 ) -> None:
-    """Evaluate a run's newest checkpoint on its suites."""
+    """Evaluate a run's newest checkpoint, or the one chosen, on its suites."""
     from launchers.environment import cpu_environment, restart_with
 
     restart_with(cpu_environment())
-    from trainer.revisit import evaluate_run
+    from trainer.revisit import Choice, evaluate_run
 
-    for line in evaluate_run(run, overrides or []):
+    for line in evaluate_run(run, overrides or [], Choice(step, best, average, ema)):
         typer.echo(line)
+
+
+@app.command()
+def average(
+    run: RunPath,
+    last: Annotated[int | None, typer.Option("--last", help="The newest k checkpoints.")] = None,
+    best: Annotated[int | None, typer.Option("--best", help="The best k by the metric measured in training.")] = None,
+    steps: Annotated[str | None, typer.Option("--steps", help="These steps: 10,20,30.")] = None,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Those that make the average better, measured on the recipe's suites.")
+    ] = False,
+    metric: Annotated[
+        str | None, typer.Option("--metric", help="With --best and --greedy; default checkpoint.metric.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the average; default from the rule.")] = None,
+) -> None:
+    """Average a run's checkpoints into RUN/averages, for evaluate and export."""
+    from launchers.environment import cpu_environment, restart_with
+
+    restart_with(cpu_environment())
+    from trainer.averaging import Pick, average_run, parse_steps
+
+    average_run(run, Pick(last, best, parse_steps(steps), greedy, metric), name, typer.echo)
 
 
 @app.command()
@@ -163,11 +197,15 @@ def export(
     run: RunPath,
     out: Annotated[Path | None, typer.Option("--out", help="Folder; default RUN/export.")] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="Only the adapter, unmerged.")] = False,
+    step: StepOption = None,
+    best: BestOption = False,
+    average: AverageOption = None,
+    ema: EmaOption = False,
 ) -> None:
-    """Write an ordinary Hugging Face folder of a run's newest checkpoint, checked by its logits."""
-    from trainer.revisit import export_run
+    """Write an ordinary Hugging Face folder of a run's newest or chosen checkpoint, checked by its logits."""
+    from trainer.revisit import Choice, export_run
 
-    result = export_run(run, out or run / "export", merge=not adapter)
+    result = export_run(run, out or run / "export", adapter, Choice(step, best, average, ema))
     typer.echo(json.dumps(result))
 
 
@@ -193,6 +231,9 @@ def main() -> None:
         app()
     except (UserError, RunError) as error:
         _fail(error, error.exit_code)
+    except StoppedEarly as stop:
+        print(f"tunesmith: {stop}", file=sys.stderr, flush=True)
+        sys.exit(stop.exit_code)
     except KeyboardInterrupt as error:
         _fail(error, 130)
     except Exception as error:  # noqa: BLE001 - the last resort: one line and exit 1, traceback by --debug
@@ -205,5 +246,6 @@ def _fail(error: BaseException, code: int) -> None:
     message = str(error) or type(error).__name__
     known = hasattr(error, "exit_code")
     text = message if known else f"{type(error).__name__}: {message.splitlines()[0]} (--debug shows the traceback)"
+    heartbeat.ended(text)
     print(f"tunesmith: error: {text}", file=sys.stderr, flush=True)
     sys.exit(code)

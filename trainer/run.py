@@ -27,10 +27,12 @@ from trainer.engine.base import Engine
 from trainer.evaluation.suites import Evaluator, due_suites
 from trainer.evaluation.watch import Watcher, direction_of, find_metric
 from trainer.guard import NoSpikeWatch, SpikeWatch, differing_copies
+from trainer.heartbeat import section
 from trainer.objectives import build_objective
 from trainer.optim import Plateau, lr_factor, scaled_lr
+from trainer.signals import StopSignal
 from trainer.tracking import Tracker
-from trainer.world import StopSignal, World
+from trainer.world import World
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +168,7 @@ class Run:
         if every and self.step % every == 0:
             self.save()
 
+    @section("checkpoint")
     def save(self) -> None:
         """Write a checkpoint of this step, once."""
         if self.last_saved == self.step:
@@ -231,6 +234,7 @@ class Run:
         self.tracker.event(spiked, "rollback", f"to {name}, past steps {saved + 1} to {spiked}; last examples {ids}")
         return True
 
+    @section("checkpoint")
     def _restore(self) -> str:
         """Weights, moments, average and position of the newest good checkpoint; returns its name."""
         loaded = load(self.folder / "checkpoints", self.engine, self.world, prepare=self._position)

@@ -16,12 +16,14 @@ from typing import Any
 from trainer.check import check_metrics, check_paths
 from trainer.config import Recipe, UserError, load_recipe
 from trainer.config.changes import Change, changes, check_changes
+from trainer.config.check import WHOLE_STATE
 from trainer.data.plan import Plan
 from trainer.data.prepare import Prepared, prepare
 from trainer.data.tokenizer import load_tokenizer, tokenizer_digest
 from trainer.engine import engine_kind
 from trainer.engine.base import Engine
 from trainer.evaluation.suites import Evaluator
+from trainer.heartbeat import phase
 from trainer.model.build import build_trainee, packs, parameter_counts
 from trainer.model.load import DTYPES, base_digest
 from trainer.optim import scaled_lr
@@ -31,10 +33,6 @@ from trainer.world import World, connected, environment_world
 
 log = logging.getLogger(__name__)
 
-WHOLE_STATE = {  # what cannot work on shards
-    "muon": "orthogonalises whole matrices, fsdp2 shards them",
-    "adamw8bit": "keeps blockwise state that a checkpoint cannot cut into ranges under fsdp2",
-}
 RUNTIME_KEYS = ("tracking", "checkpoint", "evaluation", "guard", "engine")  # no part of a recipe's digest
 
 
@@ -82,15 +80,17 @@ def open_session(
     preflight(recipe)
     before = standing(recipe, fresh=fresh, allow_data_change=allow_data_change)
     folder, world = Path(recipe.output), environment_world()
+    phase("data")
     tokenizer = load_tokenizer(recipe.model)
     sources = prepare(recipe, tokenizer=tokenizer)
     evaluator = Evaluator(recipe, sources, tokenizer, world, folder)
     evaluator.check()
-    with connected(world):
+    kind = engine_kind(recipe.engine, world.size)
+    phase("load")
+    with connected(world, alone=kind == "deepspeed"):
         if fresh and world.is_main and folder.exists():
             shutil.move(folder, folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
         world.barrier()
-        kind = engine_kind(recipe.engine, world.size)
         trainee = build_trainee(recipe, tokenizer.pad_token_id)
         facts = run_facts(recipe, trainee, tokenizer, sources)
         total, trainable = parameter_counts(trainee)
@@ -174,6 +174,10 @@ def build_engine(recipe: Recipe, trainee: Any, kind: str, world: World) -> Engin
                     f"optimizer.name: {stage.optimizer.name}: {WHOLE_STATE[stage.optimizer.name]}; use adamw or lion"
                 )
         return FSDP2Engine(trainee, first.optimizer, lr, recipe.engine, DTYPES[recipe.model.dtype], world)
+    if kind == "deepspeed":
+        from trainer.engine.deepspeed import DeepSpeedEngine  # optional, 2 s to import: only where it is named
+
+        return DeepSpeedEngine(trainee, first.optimizer, lr, recipe.engine, DTYPES[recipe.model.dtype], world)
     if recipe.engine.cpu_offload or not recipe.engine.reshard_after_forward:
         raise UserError("engine: cpu_offload and reshard_after_forward: only read by fsdp2; start several processes")
     if world.size > 1:

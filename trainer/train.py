@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from trainer import heartbeat
 from trainer.adversarial import Pass
 from trainer.config import RunError
 from trainer.data.batch import Batch, target_counts
+from trainer.fault import fail_point
 from trainer.objectives import Terms, per_target
 from trainer.run import Run, finish, memory_bytes
 from trainer.world import World, seed_step
@@ -70,6 +72,8 @@ def train_step(run: Run) -> StepReport:
     """One optimizer step. Whatever can change a weight is named here."""
     seed_step(run.recipe.seed, run.step, run.world.rank)  # dropout: a function of seed, step and rank alone
     batches = run.loader.next_step()  # this rank's micro-batches of the global batch
+    heartbeat.step(run.step + 1, run.loader.step_ids)  # whoever watches can name the examples, whatever they do
+    fail_point("step", step=run.step + 1)
     counts = run.world.sum(target_counts(batches))  # targets per task over all ranks
     report = StepReport(run.step + 1, counts)
 
@@ -95,11 +99,13 @@ def train_step(run: Run) -> StepReport:
 def flag_last(batches: list[Batch]) -> Iterator[tuple[Batch, bool]]:
     """Each micro-batch with whether it is the step's last."""
     for index, batch in enumerate(batches):
+        heartbeat.beat()
         yield batch, index == len(batches) - 1
 
 
 def train(run: Run) -> str:
     """Walk the stages to the end or to a stop signal; returns the status: complete or preempted."""
+    heartbeat.phase("step")
     run.evaluate_baseline()
     while True:
         status = walk_stage(run)
@@ -122,6 +128,7 @@ def walk_stage(run: Run) -> str:
             return "preempted"
         if run.step + 1 in run.recipe.guard.skip_steps:
             run.pass_over()
+            heartbeat.step_done(run.step)
             continue
         report = train_step(run)
         ended = time.perf_counter()
@@ -134,6 +141,7 @@ def walk_stage(run: Run) -> str:
         run.check_replicas_if_due()
         run.evaluate_if_due()
         run.save_if_due()
+        heartbeat.step_done(run.step)
         started = time.perf_counter()
     return "done"
 

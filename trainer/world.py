@@ -1,46 +1,27 @@
-"""The processes of a run: ranks, device, sums over ranks, seeds, the stop signal."""
+"""The processes of a run: ranks, device, sums over ranks, seeds."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import signal
-import threading
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from trainer.heartbeat import collective
+
 log = logging.getLogger(__name__)
 
+# A dead peer ends a collective of gloo at once: its connection breaks. This is for a peer that lives and is silent where
+# no supervisor looks for it: no less than the longest save or evaluation that one rank alone may be busy with.
 TIMEOUT = timedelta(minutes=30)
-
-
-@dataclass
-class StopSignal:
-    """Set by SIGTERM, SIGINT, SIGUSR1 or SIGUSR2; read, agreed over ranks, at a step boundary."""
-
-    name: str = ""
-    event: threading.Event = field(default_factory=threading.Event)
-
-    def install(self) -> StopSignal:
-        """Catch the four signals; the handler only sets the flag."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, self._set)
-        return self
-
-    def _set(self, number: int, frame: Any) -> None:
-        self.name = signal.Signals(number).name
-        self.event.set()
-
-    @property
-    def raised(self) -> bool:
-        return self.event.is_set()
+STORE = "TUNESMITH_STORE_FD"  # of rank 0, from the supervisor: a listening socket, so that nobody takes the port first
 
 
 @dataclass(frozen=True)
@@ -51,10 +32,21 @@ class World:
     size: int = 1
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    group: Any = None  # of its collectives; None: the one that training uses
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def apart(self) -> World:
+        """The same ranks over connections of their own, for a thread beside the training. Every rank calls it.
+
+        A rank that dies breaks its connections; one that is slow is waited for, whatever the disk takes.
+        """
+        if self.size == 1:
+            return self
+        group = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
+        return replace(self, device=torch.device("cpu"), group=group)
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """The values summed over ranks, key by key, in fp64. Every rank must give the same keys."""
@@ -73,27 +65,33 @@ class World:
         if self.size == 1 or not values:
             return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=operation)
-        return tensor.tolist()
+        with collective("all_reduce"):
+            dist.all_reduce(tensor, op=operation, group=self.group)
+            return tensor.tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """A JSON value of every rank, in rank order, on every rank. JSON, not pickle: peers cannot run code here."""
         if self.size == 1:
             return [value]
+        with collective("gather"):
+            return self._gather(value)
+
+    def _gather(self, value: Any) -> list[Any]:
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([data.numel()], device=self.device))
+        dist.all_gather(sizes, torch.tensor([data.numel()], device=self.device), group=self.group)
         longest = max(int(size) for size in sizes)
         padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
         padded[: data.numel()] = data
         rows = [torch.zeros_like(padded) for _ in range(self.size)]
-        dist.all_gather(rows, padded)
-        return [json.loads(bytes(row[: int(size)].tolist())) for row, size in zip(rows, sizes, strict=True)]
+        dist.all_gather(rows, padded, group=self.group)
+        return [json.loads(row[: int(size)].cpu().numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
-            dist.barrier()
+            with collective("barrier"):
+                dist.barrier(group=self.group)
 
 
 def environment_world() -> World:
@@ -104,17 +102,31 @@ def environment_world() -> World:
 
 
 @contextmanager
-def connected(world: World) -> Any:
+def connected(world: World, *, alone: bool = False) -> Any:
     """The process group for the time of a run: NCCL beside gloo on CUDA, gloo on the CPU.
+
+    One process has none, unless `alone` asks for a group of its own: DeepSpeed wants one.
+    """
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if world.size == 1 and not alone:
+        yield world
+        return
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    store = dist.HashStore() if world.size == 1 else _rendezvous(world)
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def _rendezvous(world: World) -> dist.Store:
+    """The store where the ranks meet, as the launcher's environment says.
 
     Under torchrun each restart gets its own key prefix in the agent's store: with the default, stale peer addresses
     of the last attempt hung 3 of 6 recoveries and cost a restart in 2 more.
     """
-    if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)
-    if world.size == 1:
-        yield world
-        return
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "False") == "True"
     store = dist.TCPStore(
@@ -123,15 +135,9 @@ def connected(world: World) -> Any:
         world.size,
         is_master=not agent_store and world.rank == 0,
         timeout=TIMEOUT,
+        master_listen_fd=int(os.environ[STORE]) if STORE in os.environ and world.rank == 0 else None,
     )
-    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=dist.PrefixStore(f"try{attempt}", store), rank=world.rank, world_size=world.size, timeout=TIMEOUT
-    )
-    try:
-        yield world
-    finally:
-        dist.destroy_process_group()
+    return dist.PrefixStore(f"try{attempt}", store)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -17,6 +17,8 @@ from trainer.config.schema import Source
 from trainer.data.encode import Encoded, Encoder, TooLong
 from trainer.data.formats import to_record
 from trainer.data.readers import BadRow, Row
+from trainer.heartbeat import beat
+from trainer.signals import die_with_parent
 
 CHUNK = 256  # rows that travel together
 ALONE = 16384  # rows done in this process first: starting workers costs seconds, most sources are smaller
@@ -70,6 +72,7 @@ def process(rows: Iterable[Row | BadRow], job: Job, tokenizer: Any) -> Iterator[
 def _chunks(rows: Iterable[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
     iterator = iter(rows)
     while chunk := list(islice(iterator, CHUNK)):
+        beat()
         yield chunk
 
 
@@ -124,6 +127,7 @@ _worker: _Worker | None = None  # of a spawned process, which serves one job
 
 def _start(job: Job, tokenizer: Any) -> None:
     global _worker
+    die_with_parent()  # else it waits for work for ever where its parent is killed
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each; the processes are the parallelism
     _worker = _Worker(job, tokenizer)
 

@@ -20,6 +20,7 @@ import numpy as np
 from trainer.config.errors import UserError
 from trainer.config.resources import cache_folder as user_cache
 from trainer.data.encode import Encoded
+from trainer.heartbeat import waiting
 
 log = logging.getLogger(__name__)
 
@@ -254,7 +255,8 @@ def _raise_known_error(path: Path, asked: float) -> None:
 def _locked(path: Path) -> Iterator[None]:
     with path.open("a") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            with waiting("lock of the cache"):
+                fcntl.flock(stream, fcntl.LOCK_EX)
         except OSError as error:
             log.warning("no file locks on %s (%s): each process prepares the data for itself", path.parent, error)
         yield

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.data.batch import Batch
+from trainer.heartbeat import beat
 from trainer.model.root import Trainee, logit_softcap
 
 CHUNK = 256  # positions whose logits exist at a time: 128 MiB in fp32 for a vocabulary of 131072
@@ -50,6 +51,7 @@ def likelihoods(trainee: Trainee, batches: Iterable[Batch], device: torch.device
     found = Likelihoods()
     softcap = None if trainee.classifies else logit_softcap(trainee.config)
     for batch in batches:
+        beat()
         moved = batch.to(device)
         losses, best = trainee(moved, partial(read_targets, targets=moved.targets, softcap=softcap))
         examples = len(batch.example_ids)

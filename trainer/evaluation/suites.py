@@ -19,6 +19,7 @@ from trainer.evaluation.likelihood import Likelihoods, corpus_loss, joined, like
 from trainer.evaluation.mode import evaluating
 from trainer.evaluation.results import Model, Result, base_result, result_path, write_result
 from trainer.evaluation.verdicts import verdict
+from trainer.heartbeat import section
 from trainer.measures import metric_named, score
 from trainer.model.build import can_pack
 from trainer.model.root import Trainee
@@ -67,26 +68,32 @@ class Evaluator:
                     except UserError as error:
                         raise UserError(f"{prompt.name}: {name} of suite {suite.name!r}: {error}") from error
 
+    @section("evaluation")
     def run(
-        self, trainee: Trainee, step: int | None, model: Model, suites: Sequence[Suite] | None = None
+        self, trainee: Trainee, step: int | None, model: Model, suites: Sequence[Suite] | None = None, variant: str = ""
     ) -> dict[str, Result]:
         """{suite: result} (see `results`) of the suites, default all, the same on every rank; written as they end.
 
+        `variant` names weights that are not the run's at this step (an average) and the folder of their results.
         A run's result holds its verdicts against the base model where that was evaluated. Raises UserError for a suite
         without examples or a baseline of other examples, RunError where a result cannot be written: on every rank.
         """
         results = {}
         for suite in self.recipe.evaluation.suites if suites is None else suites:
             started = time.perf_counter()
-            with evaluating(trainee):
-                measured = self._measure(trainee, suite)
+            measured = self.measure(trainee, suite)
             head = {"suite": suite.name, "step": step, "model": model, "source": suite.source, "kind": suite.kind}
             result = head | measured | {"seconds": self.world.max(time.perf_counter() - started)}
-            results[suite.name] = self._keep(result)
+            results[suite.name] = self._keep(result | ({"variant": variant} if variant else {}))
             log.info("evaluation %s (%s): %s", suite.name, model, _line(result))
         return results
 
-    def _measure(self, trainee: Trainee, suite: Suite) -> Result:
+    def measure(self, trainee: Trainee, suite: Suite) -> Result:
+        """What a suite gives on a model, kept nowhere. Raises UserError for a suite without examples."""
+        with evaluating(trainee):
+            return self._measured(trainee, suite)
+
+    def _measured(self, trainee: Trainee, suite: Suite) -> Result:
         if suite.kind == "generate":
             return self._generated(trainee, suite)
         source = self.sources[suite.source].first(suite.limit)
@@ -141,7 +148,9 @@ class Evaluator:
         if self.world.is_main:
             try:
                 news = self._verdicts(result)
-                path = result_path(self.folder, result["suite"], result["step"], result["model"])
+                path = result_path(
+                    self.folder, result["suite"], result["step"], result["model"], result.get("variant", "")
+                )
                 write_result(path, result | news)
             except UserError as error:
                 news = {"user_error": str(error)}
