@@ -12,7 +12,7 @@ WORKERS ?= 2
 # More words for `tunesmith demo`: --folder, overrides of the recipe.
 DEMO ?=
 
-.PHONY: help demo test test-slow test-gpu lint format bench install clean
+.PHONY: help demo test test-slow faults test-gpu lint format bench install clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test: lint ## lint, types, floors, and the ordinary test lane
 
 test-slow: $(STAMP) ## the tests that take over 20 seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+
+faults: $(STAMP) ## kills, full disks, flipped bits against whole runs (most of an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults -m "faults or not faults"
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
