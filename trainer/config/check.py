@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pydantic import BaseModel
 
 from trainer.config.check_sources import is_local, source_problems
+from trainer.config.deepspeed import config_problems
 from trainer.config.inherit import READERS
 from trainer.config.problems import ABSENT, Key, Problem, no_source
 from trainer.config.schema import Recipe, Stage, Suite
@@ -18,6 +19,16 @@ TUNING_READERS = {
     "layers": "last-layers", "train_head": "last-layers",
     "rank": "lora", "alpha": "lora", "dropout": "lora", "targets": "lora", "rslora": "lora",
 }  # fmt: skip
+
+
+ENGINE_READERS = {
+    "config": "deepspeed", "cpu_offload": "fsdp2, auto", "reshard_after_forward": "fsdp2, auto",
+    "shard_size": "fsdp2, auto", "prefetch": "fsdp2, auto", "loading": "fsdp2, deepspeed, auto",
+}  # fmt: skip
+WHOLE_STATE = {  # what cannot work on shards
+    "muon": "orthogonalises whole matrices, which are cut into shards",
+    "adamw8bit": "keeps blockwise state that a checkpoint cannot cut into ranges",
+}
 
 
 def problems_of(recipe: Recipe) -> list[Problem]:
@@ -103,14 +114,12 @@ def _tuning(recipe: Recipe) -> Iterator[Problem]:
 
 def _engine(recipe: Recipe) -> Iterator[Problem]:
     engine = recipe.engine
-    if engine.kind == "deepspeed":
-        yield Problem(("engine", "kind"), "deepspeed", "not available in this version; use `fsdp2` or `auto`")
-    readers = dict.fromkeys(("cpu_offload", "reshard_after_forward"), "fsdp2, auto")
-    if engine.kind == "single":
-        yield from unread(engine, ("engine",), readers, engine.kind, "kind")
-    if engine.kind == "fsdp2" and recipe.model.quantization == "int8":
+    yield from unread(engine, ("engine",), ENGINE_READERS, engine.kind, "kind")
+    if engine.kind in ("fsdp2", "deepspeed") and recipe.model.quantization == "int8":
         remedy = "int8 weights cannot be sharded; use `nf4`, or `engine.kind: single`"
         yield Problem(("model", "quantization"), "int8", remedy)
+    if engine.kind == "deepspeed":
+        yield from config_problems(engine.config)
 
 
 def _stage(recipe: Recipe, stage: Stage, key: Key) -> Iterator[Problem]:
@@ -153,10 +162,9 @@ def _optimizer(recipe: Recipe, stage: Stage, key: Key) -> Iterator[Problem]:
     yield from unread(optimizer, key, readers, optimizer.name, "name")
     if optimizer.name == "muon" and recipe.tuning.method == "lora":  # LoRA trains matrices alone, all of them Muon's
         yield from unread(optimizer, key, {"betas": "adamw", "eps": "adamw"}, "muon over lora", "name")
-    if optimizer.name == "muon" and recipe.engine.kind == "fsdp2":
-        yield Problem(
-            (*key, "name"), "muon", "needs whole matrices, fsdp2 shards them; use adamw or `engine.kind: single`"
-        )
+    if optimizer.name in WHOLE_STATE and recipe.engine.kind in ("fsdp2", "deepspeed"):
+        remedy = f"{WHOLE_STATE[optimizer.name]} under {recipe.engine.kind}; use adamw, or `engine.kind: single`"
+        yield Problem((*key, "name"), optimizer.name, remedy)
     rule = optimizer.scale_lr
     yield from unread(rule, (*key, "scale_lr"), {"reference_batch": "linear, sqrt"}, rule.rule, "rule")
 

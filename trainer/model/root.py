@@ -6,7 +6,7 @@ that. So whatever touches the head's weight is a `readout` that the root calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -68,6 +68,13 @@ class Trainee(nn.Module):
         return backbone(
             input_ids=batch.ids, position_ids=batch.positions, use_cache=False, **arguments
         ).last_hidden_state
+
+    def outer_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of inner modules that a readout reads itself: a plain linear head is fused with its loss.
+
+        An engine that gathers weights module by module must gather these with the root.
+        """
+        return self.head.parameters() if type(self.head) is nn.Linear else iter(())
 
     def generate(self, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
         """Greedy or sampled continuation (rows, length + new) of left-padded prompts; a forward method for sharding."""
