@@ -7,7 +7,6 @@ import logging
 import os
 import resource
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,11 @@ from typing import Any
 import torch
 
 from trainer.adversarial import NoAdversary
-from trainer.checkpoint import load, newest, save
+from trainer.checkpoint import load, newest
+from trainer.checkpoint.lease import NO_LEASE, NoLease
+from trainer.checkpoint.retention import scores_of
+from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.store import Store
 from trainer.config import Recipe, RunError, Stage, UserError, dump_recipe
 from trainer.config.changes import FLAG
 from trainer.continual import NoAnchor
@@ -31,7 +34,7 @@ from trainer.heartbeat import section
 from trainer.objectives import build_objective
 from trainer.optim import Plateau, lr_factor, scaled_lr
 from trainer.signals import StopSignal
-from trainer.tracking import Tracker
+from trainer.tracking import Tracker, read_rows
 from trainer.world import World
 
 log = logging.getLogger(__name__)
@@ -58,11 +61,14 @@ class Run:
         pad_id: int,
         facts: dict[str, Any],
         allow_data_change: bool = False,
+        lease: NoLease = NO_LEASE,
     ) -> None:
         self.recipe, self.world, self.folder, self.engine = recipe, world, folder, engine
         self.sources, self.evaluator, self.tracker = sources, evaluator, tracker
         self.packed, self.pad_id, self.facts = packed, pad_id, facts
-        self.allow_data_change = allow_data_change
+        self.allow_data_change, self.lease = allow_data_change, lease
+        store = Store(folder / "checkpoints", lease, recipe.checkpoint, tracker.sync)
+        self.saver = Saver(store, world, tracker.event)
         self.stop = StopSignal()
         self.status = "failed"  # until the walk has returned
         self.step = 0
@@ -71,7 +77,6 @@ class Run:
         average = recipe.ema
         self.ema: NoEMA = NoEMA() if average.decay is None else EMA(engine, average.decay, average.evaluate)
         self.last_lr_factor = 0.0
-        self.last_saved = -1
         self.last_evaluated = -1
         self.stage_index = -1
         self.next_stage()
@@ -147,6 +152,7 @@ class Run:
             self.tracker.eval({"step": self.step, "stage": self.stage.name, "suite": name, "metrics": values})
         if len(suites) == len(self.recipe.evaluation.suites):
             self.last_evaluated = self.step
+        self.saver.score(self.step, find_metric(metrics, self.recipe.checkpoint.metric))
         if watch:
             self._watch(metrics)
 
@@ -163,24 +169,25 @@ class Run:
     # -- checkpoints
 
     def save_if_due(self) -> None:
-        """Save at the recipe's interval."""
+        """Save at the recipe's interval, and tell of a save in the background that has succeeded."""
+        self.saver.poll()
         every = self.recipe.checkpoint.every
-        if every and self.step % every == 0:
-            self.save()
+        if not every:
+            return
+        self.saver.reserve(self.engine, self.ema.shadows)
+        if self.step % every == 0:
+            with section("checkpoint"):
+                self.saver.save(self.step, self.engine, self.state(), self.ema.shadows)
 
     @section("checkpoint")
     def save(self) -> None:
-        """Write a checkpoint of this step, once."""
-        if self.last_saved == self.step:
-            return
-        started = time.perf_counter()
-        self.tracker.sync()
-        folder, keep = self.folder / "checkpoints", self.recipe.checkpoint.keep
-        path = save(folder, self.step, self.engine, self.world, self.state(), keep)
-        self.last_saved = self.step
-        self.tracker.event(
-            self.step, "checkpoint", {"path": path.name, "seconds": round(time.perf_counter() - started, 3)}
-        )
+        """Return once a checkpoint of this step is durable."""
+        self.saver.save_last(self.step, self.engine, self.state(), self.ema.shadows)
+
+    @property
+    def last_saved(self) -> int:
+        """The step of the newest checkpoint known to be durable; -1: none."""
+        return self.saver.published
 
     def state(self) -> dict[str, Any]:
         """The position, as JSON."""
@@ -206,6 +213,8 @@ class Run:
         """
         if not newest(self.folder / "checkpoints"):
             return False
+        if self.recipe.checkpoint.keep_best and self.world.is_main:
+            self.saver.scores = scores_of(read_rows(self.folder), self.recipe.checkpoint.metric)
         self.tracker.event(self.step, "resume", f"from {self._restore()}")
         return True
 
@@ -215,6 +224,7 @@ class Run:
         The steps between keep their numbers and count as untrained. False where this stage has no checkpoint yet: then
         the spike's update alone was left out. Raises RunError after ROLLBACKS in a row without a checkpoint between.
         """
+        self.saver.wait()
         if self.last_saved <= self.step - self.stage_step:
             return False
         spiked, place, ids = self.step, self.loader.state(), self.shown_ids()
@@ -237,7 +247,21 @@ class Run:
     @section("checkpoint")
     def _restore(self) -> str:
         """Weights, moments, average and position of the newest good checkpoint; returns its name."""
-        loaded = load(self.folder / "checkpoints", self.engine, self.world, prepare=self._position)
+        averaged: list[bool] = []
+
+        def position(state: Mapping[str, Any]) -> None:
+            self._position(state)
+            averaged.append(bool(state.get("ema")))
+
+        loaded = load(
+            self.folder / "checkpoints",
+            self.engine,
+            self.world,
+            prepare=position,
+            shadows=lambda: self.ema.shadows if averaged[-1] else {},
+        )
+        if not averaged[-1]:
+            self.ema.follow()
         for reason in loaded.refused:
             self.tracker.event(self.step, "checkpoint_refused", reason)
         return loaded.path.name
@@ -250,7 +274,7 @@ class Run:
         self.step, self.stage_step = state["step"], state["stage_step"]
         self.stopped_early, self.skipped_in_row = state["stopped_early"], state["skipped_in_row"]
         self.last_evaluated = state["last_evaluated"]
-        self.last_saved = self.step
+        self.saver.published = self.step
         self.loader.load(state["loader"], missing_ok=self.allow_data_change)
         self.plateau.load(state["plateau"])
         if self.watcher and state["watcher"]:
@@ -292,6 +316,7 @@ class Run:
     def write_ledger(self, step: int, untrained: str | None = None) -> None:
         """Append the ids of the step's examples, where the recipe asks for it; the last row of a step counts."""
         if self.recipe.tracking.ledger and self.world.is_main:
+            self.lease.check()
             row: dict[str, Any] = {"step": step, "stage": self.stage.name, "ids": self.loader.step_ids()}
             if untrained:
                 row = {**row, "ids": [], "untrained": untrained}

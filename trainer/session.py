@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.check import check_metrics, check_paths
+from trainer.checkpoint.lease import check_free, held
+from trainer.checkpoint.space import check_start
 from trainer.config import Recipe, UserError, load_recipe
 from trainer.config.changes import Change, changes, check_changes
 from trainer.config.check import WHOLE_STATE
@@ -25,7 +26,9 @@ from trainer.engine.base import Engine
 from trainer.evaluation.suites import Evaluator
 from trainer.heartbeat import phase
 from trainer.model.build import build_trainee, packs, parameter_counts
-from trainer.model.load import DTYPES, base_digest
+from trainer.model.files import base_digest
+from trainer.model.load import DTYPES
+from trainer.model.probes import verify_trainee
 from trainer.optim import scaled_lr
 from trainer.run import Run, check_output, write_recipe
 from trainer.tracking import Tracker, open_run, read_run
@@ -39,6 +42,8 @@ RUNTIME_KEYS = ("tracking", "checkpoint", "evaluation", "guard", "engine")  # no
 def preflight(recipe: Recipe) -> None:
     """Everything that can be known to be wrong before data are read or a model is loaded. Raises UserError."""
     check_output(Path(recipe.output))
+    if environment_world().is_main:  # the other ranks may come when the main one holds the lease already
+        check_free(Path(recipe.output))
     check_paths(recipe)
     check_metrics(recipe)
 
@@ -87,10 +92,7 @@ def open_session(
     evaluator.check()
     kind = engine_kind(recipe.engine, world.size)
     phase("load")
-    with connected(world, alone=kind == "deepspeed"):
-        if fresh and world.is_main and folder.exists():
-            shutil.move(folder, folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"))
-        world.barrier()
+    with connected(world, alone=kind == "deepspeed"), held(folder, world, fresh=fresh) as lease:
         trainee = build_trainee(recipe, tokenizer.pad_token_id)
         facts = run_facts(recipe, trainee, tokenizer, sources)
         total, trainable = parameter_counts(trainee)
@@ -112,6 +114,7 @@ def open_session(
             )
         world.barrier()
         engine = build_engine(recipe, trainee, kind, world)
+        verify_trainee(trainee, recipe)
         tracker = Tracker(
             folder,
             sum(steps_of(recipe, sources)),
@@ -120,12 +123,17 @@ def open_session(
             config=recipe.model_dump(mode="json"),
             console=console,
             main=world.is_main,
+            guard=lease.check,
         )
         status = "failed"
         pad = tokenizer.pad_token_id
-        run = Run(recipe, world, folder, engine, sources, evaluator, tracker, packed, pad, facts, allow_data_change)
+        run = Run(
+            recipe, world, folder, engine, sources, evaluator, tracker, packed, pad, facts, allow_data_change, lease
+        )
         try:
             run.stop.install()
+            optimizers = [stage.optimizer for stage in recipe.stages]
+            check_start(run.saver.store.folder, recipe.checkpoint.keep, engine, world, optimizers, run.ema.shadows)
             if run.resume() and before.changes:
                 run.tracker.event(run.step, "recipe_changed", "; ".join(str(change) for change in before.changes))
             yield run
@@ -134,6 +142,7 @@ def open_session(
             tracker.event(run.step, "failed", str(error) or type(error).__name__)
             raise
         finally:
+            run.saver.close()
             tracker.close(status)
 
 
@@ -153,7 +162,7 @@ def run_facts(recipe: Recipe, trainee: Any, tokenizer: Any, sources: Prepared) -
         dump.pop(key)
     return {
         "recipe_digest": hashlib.sha256(json.dumps(dump, sort_keys=True).encode()).hexdigest(),
-        "base_digest": base_digest(trainee),
+        "base_digest": base_digest(recipe.model),
         "tokenizer_digest": tokenizer_digest(tokenizer),
         "fingerprints": {name: source.fingerprint for name, source in sources.items()},
     }

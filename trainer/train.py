@@ -123,7 +123,10 @@ def walk_stage(run: Run) -> str:
     """Step until the stage's data, steps or patience end: `done`; or a signal stops all ranks: `preempted`."""
     started = time.perf_counter()
     while not run.loader.done and not run.stopped_early:
-        if run.world.any(run.stop.raised):
+        signs = run.world.sum({"stop": float(run.stop.raised), "unsaved": float(run.saver.failed)})
+        if signs["unsaved"]:
+            run.saver.raise_failure()
+        if signs["stop"]:
             run.tracker.event(run.step, "preempted", f"signal {run.stop.name or 'on another rank'}")
             return "preempted"
         if run.step + 1 in run.recipe.guard.skip_steps:

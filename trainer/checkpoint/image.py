@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer import heartbeat
 from trainer.checkpoint import shard_file
 from trainer.checkpoint.manifest import CheckpointError
 from trainer.checkpoint.ranges import DTYPES, Entry
@@ -151,5 +152,6 @@ def _copy(layout: Layout, views: list[Tensor], image: Tensor) -> None:
 def _passing(chunks: Iterator[memoryview]) -> Iterator[memoryview]:
     for index, chunk in enumerate(chunks):
         yield chunk
+        heartbeat.beat()  # where training waits for it; a thread's beats do not count
         if index == 0:
             fail_point("shard")  # a part of the file is written

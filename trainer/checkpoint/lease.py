@@ -16,11 +16,16 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trainer.checkpoint.agreement import agreed
 from trainer.checkpoint.durable import host_name, started, sync
-from trainer.config.errors import RunError, UserError
+from trainer.checkpoint.manifest import CheckpointError
+from trainer.config.errors import UserError
+from trainer.world import World
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +39,7 @@ _RELEASED = "released"
 _WIDTH = 20  # of the heartbeat, the file's last line
 
 
-class LeaseLostError(RunError):
+class LeaseLostError(CheckpointError):
     """Another process holds the folder now: this one writes nothing more."""
 
 
@@ -43,6 +48,7 @@ class NoLease:
 
     generation = 0
     lost = False
+    lost_message = "output: another run has taken the folder over; this one writes nothing more"
 
     def check(self) -> None:
         """Raise LeaseLostError where the lease may have gone; no look at the disk while the heartbeat is fresh."""
@@ -87,10 +93,7 @@ class Lease(NoLease):
                 self.lost = not self._beat(f"{self._beats + 1:0{_WIDTH}d}") or _exists(self._next())
                 self._beats, self._beaten = self._beats + 1, now
         if self.lost:
-            raise LeaseLostError(
-                f"output: {self.path.parent.parent}: another run has taken the folder over from generation "
-                f"{self.generation}; this one writes nothing more"
-            )
+            raise LeaseLostError(self.lost_message)
 
     def release(self) -> None:
         """Let the next one in. The file stays: its number is used up."""
@@ -99,6 +102,14 @@ class Lease(NoLease):
         with self._lock:
             if not self.lost:
                 self._beat(_RELEASED.ljust(_WIDTH))
+
+    def move(self, folder: Path, aside: Path) -> None:
+        """Rename the held folder, and let go of it there."""
+        self._released.set()
+        self._thread.join()
+        folder.rename(aside)
+        self.path = aside / LEASES / self.path.name
+        self.release()
 
     def _beat(self, text: str) -> bool:
         """Write the heartbeat in place; closing brings it to an NFS server. False where the file is gone."""
@@ -157,6 +168,31 @@ def acquire(folder: Path, above: int = 0) -> Lease:
             if old.name.isdigit() and int(old.name) < generation:
                 old.unlink(missing_ok=True)
         return Lease(path, generation, len(text.encode()))
+
+
+@contextmanager
+def held(folder: Path, world: World, *, fresh: bool = False) -> Iterator[NoLease]:
+    """The lease on a run's folder while the block runs: the main rank holds it, the others rely on that.
+
+    With `fresh` what the folder holds is moved aside under the lease, before the block. Raises UserError on every rank
+    where another run holds it.
+    """
+    taken: list[Lease] = []
+
+    def take() -> None:
+        taken.append(acquire(folder))
+        if fresh and any(path.name != LEASES for path in folder.iterdir()):
+            aside = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+            old = taken.pop()
+            old.move(folder, aside)
+            taken.append(acquire(folder, above=old.generation))
+
+    agreed(world, lambda: take() if world.is_main else None)
+    try:
+        yield taken[0] if taken else NO_LEASE
+    finally:
+        for lease in taken:
+            lease.release()
 
 
 def check_free(folder: Path) -> None:

@@ -65,6 +65,7 @@ class Store:
     folder: Path
     lease: NoLease = NO_LEASE
     settings: Checkpoint = field(default_factory=Checkpoint)
+    before: Callable[[], None] = lambda: None  # brings to the disk what must not be older than a checkpoint
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ def _publish(store: Store, staging: Path, target: Path, plan: Manifest, records:
     fail_point("manifest", step=plan.step)
     write_file(staging / SEAL, seal)
     sync(staging)
+    store.before()
     fail_point("rename", step=plan.step)
     store.lease.verify()
     publish_folder(staging, target)

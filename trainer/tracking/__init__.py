@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.config.errors import RunError
 from trainer.tracking import wandb_feed
 from trainer.tracking.console import Console
 from trainer.tracking.journal import Journal, QuietJournal, Row, eval_metrics, read_rows
@@ -29,6 +31,8 @@ __all__ = [
     "write_run",
 ]
 
+log = logging.getLogger(__name__)
+
 
 class Tracker:
     """What the training loop tells its finished rows to. It can slow or change nothing of the run.
@@ -48,11 +52,12 @@ class Tracker:
         config: Mapping[str, Any] | None = None,
         console: bool = True,
         main: bool = True,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.main = Path(folder), main
-        self._closed = False
+        self._closed, self._guard = False, guard
         self._last_step = 0
-        self._journal: Journal | QuietJournal = Journal(self.folder) if main else QuietJournal()
+        self._journal: Journal | QuietJournal = Journal(self.folder, guard) if main else QuietJournal()
         self._console = Console(total_steps, enabled=console and main)
         self._feed: wandb_feed.Feed | None = None
         if main and wandb != "off":
@@ -85,13 +90,22 @@ class Tracker:
         if self._closed:
             return
         self._closed = True
-        self._journal.sync()
-        if self.main:
+        if self.main and self._ours():
+            self._journal.sync()
             update_run(self.folder, status=status)  # before the wait: a kill during the upload leaves the truth
         if self._feed is not None:
             self._tell(self._feed.finish(feed_seconds))
         self._console.close()
         self._journal.close()
+
+    def _ours(self) -> bool:
+        """Whether the folder is still this run's to write; said in the log where it is not."""
+        try:
+            self._guard()
+        except RunError as error:
+            log.error("how the run ended is not recorded: %s", error)
+            return False
+        return True
 
     def _show(self, row: Row) -> None:
         self._console.row(row)

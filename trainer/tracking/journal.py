@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,12 @@ class Journal:
     truncates it to its last whole row and records the event ``journal-repaired``.
 
     Raises OSError where the file cannot be written; a row that did not fit is taken back first, so that the
-    file stays whole.
+    file stays whole; and what `guard` raises, where the folder is another run's by now.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, guard: Callable[[], None] = lambda: None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / FILE_NAME
+        self.path, self._guard = folder / FILE_NAME, guard
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._secrets = known_secrets(os.environ)
         self._repair()
@@ -65,6 +65,7 @@ class Journal:
             self._file = -1
 
     def _append(self, kind: str, row: Mapping[str, Any]) -> Row:
+        self._guard()
         whole = {"kind": kind, **row, "time": round(time.time(), 3)}
         whole["kind"] = kind
         line = encode_row(whole)
