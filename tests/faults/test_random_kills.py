@@ -2,7 +2,7 @@
 
 A process with everything imported forks a child for each trial; the child takes the lease, goes on from the newest good
 checkpoint and saves at each step, in the background or not; the parent kills it after a random time. Then every
-published folder must be good, the newest must be at least the last that the child was told of, and what is in it must be
+published folder must be good, the newest at least the last that the child was told of, and what is in it must be
 what an undisturbed run holds at that step.
 """
 
