@@ -10,8 +10,10 @@ from typing import Any
 from trainer.config.schema import Recipe
 
 
-def model_card(recipe: Recipe, step: int, report: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+def model_card(recipe: Recipe, step: int, origin: str, report: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     """README.md in the hub's form: what was trained from what and how, its metrics, and how to load it.
+
+    `origin` says which of the run's weights these are where it is not the checkpoint of `step`.
 
     A local base model is named by its folder alone: no path of this machine is published.
     """
@@ -31,6 +33,7 @@ def model_card(recipe: Recipe, step: int, report: Mapping[str, Any], metrics: Ma
         "base quantised to": recipe.model.quantization,
         "stages": ", ".join(f"{stage.name} ({stage.objective.name})" for stage in recipe.stages),
         "optimizer steps": step,
+        **({"weights": origin} if origin else {}),
         "dtype": recipe.model.dtype,
         "seed": recipe.seed,
     }

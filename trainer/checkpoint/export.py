@@ -1,85 +1,90 @@
-"""An ordinary Hugging Face folder of what was learned, published only after its logits were compared with the run's."""
+"""An ordinary Hugging Face folder of what was learned, published only after its logits were compared with the run's.
+
+One model at a time is in memory: the trained one answers the prompts and goes; tensors are read, merged and written one
+by one; the folder is opened and answers the same prompts.
+"""
 
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainer.checkpoint.assemble import Assembly
+from trainer.checkpoint.base import Base, LiveBase, beneath, file_base, layout_of
 from trainer.checkpoint.card import model_card
 from trainer.checkpoint.durable import clean, publish_folder, remove_folder, staging_folder, sync_tree, write_file
-from trainer.config.errors import RunError, UserError
+from trainer.checkpoint.merge import ADAPTER, ROOT, adapter_key, lora_scale
+from trainer.checkpoint.parity import (
+    LONGEST,
+    PROMPTS,
+    check_tokenizer,
+    compare,
+    logits,
+    open_adapter,
+    open_model,
+    tolerance_of,
+)
+from trainer.checkpoint.tensor_files import SHARD_BYTES, Planned, digest_of, write_model, write_tensors
+from trainer.checkpoint.weights import Source
+from trainer.config.errors import UserError
 from trainer.config.schema import Recipe
 from trainer.model.load import DTYPES
 from trainer.tracking.redact import known_secrets, redact
 
 RECORD = "export.json"
-PROMPTS = (
-    "The quick brown fox jumps over the lazy dog.",
-    "def add(a, b):\n    return a + b\n",
-    "In 1969, 3 men flew 384,400 km to the Moon; two of them walked on it.",
-)
-# Largest difference of a logit over the largest logit. fp32: the order of sums (merged or not, attention kernel).
-# A bf16 model: one rounding of the weights and other roundings of activations; 0.056 was measured on SmolLM2-135M, so
-# there the bitwise comparison of weights says more. int8: its forward rounds activations to 8 bits as well, which no
-# exported model can repeat. A reopened adapter lies on the same base in the same arithmetic: no difference measured.
-TOLERANCES = {
-    "model": {torch.float32: 1e-5, torch.bfloat16: 1e-1},
-    "adapter": {torch.float32: 1e-5, torch.bfloat16: 1e-2},
-}
-INT8_TOLERANCE = 2e-1
-_LONGEST = 128  # tokens of a prompt that are compared
+
+Build = Callable[[], nn.Module]
+"""Makes the trained network (a Hugging Face model, or a PeftModel over one) and keeps no reference to it."""
 
 
 def export(
-    network: nn.Module,
+    build: Build,
+    source: Source,
     tokenizer: Any,
     out: Path,
     *,
-    merge: bool,
+    adapter: bool,
     recipe: Recipe,
     step: int,
+    origin: str = "",
     metrics: Mapping[str, Any] | None = None,
     prompts: Sequence[str] = PROMPTS,
+    shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Write `network` (a Hugging Face model, or a PeftModel over one) with its tokenizer as an ordinary folder.
+    """Write what a source holds, with its tokenizer, as an ordinary folder: a model, or with `adapter` an adapter.
 
-    A PeftModel gives an adapter folder, or with `merge` a model folder; other networks give a model folder. Weights of
-    a model folder are in the recipe's dtype. The folder is read back from the disk by transformers (and peft), and its
-    logits on the prompts are compared with the network's. Returns {kind, max_difference, tolerance, same_top_token,
-    prompts}. Raises RunError, and publishes nothing, where they differ by more than the tolerance; UserError where
-    `out` holds other files, or the method cannot be merged.
+    A low-rank change is merged into the model's weights; all are in the recipe's dtype, in files of at most
+    `shard_bytes`. The folder is read back from the disk by transformers (and peft): its weights must be bitwise those
+    written, and its logits on the prompts near those of the network that `build` makes. `origin` says for the record
+    where the weights are from. Returns {kind, base, max_difference, tolerance, same_top_token, prompts}. Raises
+    RunError, and publishes nothing, where they differ; UserError where `out` holds other files, or there is no adapter.
     """
     _check_target(out)
-    dtype = DTYPES[recipe.model.dtype]
-    adapter = hasattr(network, "peft_config") and not merge
-    sequences = [tokenizer(prompt)["input_ids"][:_LONGEST] for prompt in prompts]
+    sequences = [tokenizer(prompt)["input_ids"][:LONGEST] for prompt in prompts]
     clean(out.parent, f"{out.name}@")
     staging = staging_folder(out)
     try:
-        expected = logits(network, sequences, _precision(network, dtype))
-        if adapter:
-            network.save_pretrained(staging, save_embedding_layers=False)  # type: ignore[operator]  # "auto" asks the hub
-            again, precision = _open_adapter(network, staging), _precision(network, dtype)
-        else:
-            plain = _save_plain(network, staging, dtype)
-            again, precision = _open_model(recipe, staging).to(next(network.parameters()).device), nullcontext
-            check_weights(plain, again)
-            del plain
+        part = _write_adapter if adapter else _write_model
+        expected, written, base, device = part(build, source, recipe, sequences, staging, shard_bytes)
+        gc.collect()  # the network is cyclic garbage by now
         tokenizer.save_pretrained(staging)
-        _check_tokenizer(tokenizer, staging, prompts)
-        kind = "adapter" if adapter else "model"
-        tolerance = INT8_TOLERANCE if recipe.model.quantization == "int8" and not adapter else TOLERANCES[kind][dtype]
-        difference = compare(expected, logits(again, sequences, precision), tolerance)
-        report = {"kind": kind, **difference, "prompts": len(prompts)}
-        _describe(staging, recipe, step, report, metrics or {})
+        check_tokenizer(tokenizer, staging, prompts)
+        if adapter:
+            again = open_adapter(recipe, staging, written, tokenizer.pad_token_id)
+        else:
+            again = open_model(recipe, staging, written)
+        actual = logits(again.to(device), sequences)
+        difference = compare(expected, actual, tolerance_of(recipe, adapter))
+        report = {"kind": "adapter" if adapter else "model", "base": base, **difference, "prompts": len(prompts)}
+        _describe(staging, recipe, step, origin, report, metrics or {})
         sync_tree(staging)
         publish_folder(staging, out)
     except Exception:
@@ -88,116 +93,96 @@ def export(
     return report
 
 
-def compare(expected: list[Tensor], actual: list[Tensor], tolerance: float) -> dict[str, Any]:
-    """{max_difference: max |a - b| / max |a| over all logits, tolerance, same_top_token: share of positions}.
+Written = tuple[list[Tensor], dict[str, str], str, torch.device]
+"""Expected logits; {tensor in memory: SHA-256}; where frozen values came from; the device of the network."""
 
-    Raises RunError where the difference is larger than the tolerance, or not a number.
+
+def _write_model(
+    build: Build, source: Source, recipe: Recipe, sequences: list[list[int]], staging: Path, shard_bytes: int
+) -> Written:
+    network: Any = build()
+    expected, device = logits(network, sequences), next(network.parameters()).device
+    layout, dtype = layout_of(network), DTYPES[recipe.model.dtype]
+    if layout.converted:
+        return expected, _write_converted(network, source, dtype, staging, shard_bytes), "memory", device
+    assembly = Assembly(layout, source, lora_scale(recipe.tuning), dtype)
+    _save_config(beneath(network), dtype, assembly.unties, staging)
+    found = file_base(recipe.model, layout, assembly.needed)
+    base: Base = found or LiveBase(network)
+    del network
+    gc.collect()  # where files give the values, the network is cyclic garbage by now
+    digests = write_model(staging, assembly.planned, lambda name: assembly.make(name, base), shard_bytes)
+    return expected, digests, "files" if found else "memory", device
+
+
+def _write_converted(
+    network: Any, source: Source, dtype: torch.dtype, staging: Path, shard_bytes: int
+) -> dict[str, str]:
+    """Write a model whose tensors transformers regroups between memory and files (the experts of some mixtures).
+
+    That takes them all at once, and peft adapts such experts in ways of its own: so peft merges, in place and in fp32.
     """
-    largest = max(float(a.abs().max()) for a in expected)
-    difference = max(float((a - b).abs().max()) for a, b in zip(expected, actual, strict=True)) / largest
-    same = torch.cat([(a.argmax(-1) == b.argmax(-1)).float() for a, b in zip(expected, actual, strict=True)])
-    if not difference <= tolerance:
-        raise RunError(
-            f"export: logits of the exported folder differ from the trained model's by {difference:.1e} (relative), "
-            f"more than {tolerance:.0e}: nothing was written; please report this with the recipe"
-        )
-    return {"max_difference": difference, "tolerance": tolerance, "same_top_token": float(same.mean())}
+    from transformers.core_model_loading import revert_weight_conversion
 
-
-@torch.no_grad()
-def logits(
-    network: nn.Module, sequences: list[list[int]], precision: Callable[[], AbstractContextManager[Any]]
-) -> list[Tensor]:
-    """fp32 logits on the CPU of each token sequence alone: (length, vocabulary), or (1, classes)."""
-    was_training = network.training
-    network.eval()
-    device = next(network.parameters()).device
-    found = []
-    for sequence in sequences:
-        with precision():
-            output = network(input_ids=torch.tensor([sequence], device=device))
-        found.append(output.logits[0].float().cpu().reshape(-1, output.logits.shape[-1]))
-    network.train(was_training)
-    return found
-
-
-def merged(network: Any, adapter: Path) -> nn.Module:
-    """A copy of a PeftModel's base in fp32 with the adapter in its weights; the network stays as it is.
-
-    A quantised base is dequantised first. The adapter learned to correct just these rounded weights, so this merge
-    gives the trained model itself (to rounding); merging into the unquantised base would give another one, and merging
-    into 4-bit weights would round the adapter away. fp32 until the end, so that the sum is rounded once.
-    """
-    from peft import PeftModel  # 5 s to import: only where there is an adapter
-
-    base = copy.deepcopy(network).unload()
-    if getattr(base, "is_quantized", False):
-        base = base.dequantize(dtype=torch.float32)
-    if base.config.tie_word_embeddings and _adapts_embeddings(network):
-        # the adapter changed one of two matrices that were one: from here on they are two
-        base.config.tie_word_embeddings = False
-        head = base.get_output_embeddings()
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:  # so far in the dtype of training's arithmetic
+            parameter.data = source.read(f"{ROOT}{name}").to(parameter.device)
+    model, adapted = beneath(network), network is not beneath(network)
+    if getattr(model, "is_quantized", False):
+        model.dequantize(dtype=torch.float32)
+    unties = adapted and model.config.tie_word_embeddings and _adapts_embeddings(model)
+    if unties:  # the adapter changed one of two matrices that were one: from here on they are two
+        head = model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().clone())
-    whole: Any = PeftModel.from_pretrained(base.float(), str(adapter))
-    if not hasattr(whole, "merge_and_unload"):
-        kind = next(iter(network.peft_config.values())).peft_type.value
-        raise UserError(f"export.merge: {kind} adds no weights that could be merged: export without merging")
-    return whole.merge_and_unload(safe_merge=True)
+    if adapted:
+        model = network.float().merge_and_unload(safe_merge=True)
+    model.to(dtype)
+    _save_config(model, dtype, unties, staging)
+    base = LiveBase(model)
+    tensors = {name: base.read(name) for name in layout_of(model).tensors}
+    digests = {name: digest_of(tensor) for name, tensor in tensors.items()}
+    filed = revert_weight_conversion(model, tensors)
+    planned = [Planned(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in filed.items()]
+    write_model(staging, planned, filed.pop, shard_bytes)
+    return digests
 
 
-def _adapts_embeddings(network: Any) -> bool:
-    base = network.get_base_model()
-    ends = (base.get_input_embeddings(), base.get_output_embeddings())
-    return any(hasattr(module, "base_layer") for module in ends)
+def _adapts_embeddings(model: Any) -> bool:
+    return any(hasattr(end, "base_layer") for end in (model.get_input_embeddings(), model.get_output_embeddings()))
 
 
-def check_weights(expected: nn.Module, actual: nn.Module) -> None:
-    """Compare all tensors bitwise. Raises RunError that names the first that differs."""
-    found = actual.state_dict()
-    for name, tensor in expected.state_dict().items():
-        if (
-            name not in found
-            or tensor.dtype != found[name].dtype
-            or not torch.equal(tensor, found[name].to(tensor.device))
-        ):
-            raise RunError(f"export: {name} read back from the disk is not what was written: nothing was published")
+def _write_adapter(
+    build: Build, source: Source, recipe: Recipe, sequences: list[list[int]], staging: Path, shard_bytes: int
+) -> Written:
+    names = {adapter_key(name): name for name in source.shapes}  # before anything loads: there may be no adapter
+    network: Any = build()
+    expected, device = logits(network, sequences), next(network.parameters()).device
+    config = copy.copy(network.peft_config[ADAPTER])
+    config.inference_mode = True
+    config.base_model_name_or_path = config.base_model_name_or_path or beneath(network).name_or_path
+    config.save_pretrained(staging)
+    planned = [Planned(key, torch.float32, source.shapes[name]) for key, name in names.items()]
+    path = staging / "adapter_model.safetensors"
+    return expected, write_tensors(path, planned, lambda key: source.read(names[key]).float()), "none", device
 
 
-def _save_plain(network: Any, staging: Path, dtype: torch.dtype) -> nn.Module:
-    """Write a model folder; returns the model as written."""
-    if hasattr(network, "peft_config"):
-        adapter = staging / "adapter"
-        network.save_pretrained(adapter, save_embedding_layers=False)
-        plain: Any = merged(network, adapter)
-        remove_folder(adapter)
-    else:
-        plain = copy.deepcopy(network)
-    plain = plain.to(dtype)
-    plain.config.use_cache = True  # training switches it off
-    plain.save_pretrained(staging)
-    return plain
+def _save_config(network: Any, dtype: torch.dtype, unties: bool, staging: Path) -> None:
+    """config.json, generation_config.json and a custom model's code, as transformers would save them beside weights."""
+    config = copy.deepcopy(network.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = str(dtype).removeprefix("torch.")
+    config.architectures = [type(network).__name__]
+    config.use_cache = True  # training switches it off
+    if unties:
+        config.tie_word_embeddings = False
+    if network.is_remote_code():
+        from transformers.dynamic_module_utils import custom_object_save
 
-
-def _open_model(recipe: Recipe, folder: Path) -> nn.Module:
-    import transformers  # seconds to import
-
-    classifies = recipe.model.kind == "classification"
-    auto = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
-    return auto.from_pretrained(folder, dtype="auto", trust_remote_code=recipe.model.trust_remote_code)
-
-
-def _open_adapter(network: Any, folder: Path) -> nn.Module:
-    from peft import PeftModel  # 5 s to import: only where there is an adapter
-
-    return PeftModel.from_pretrained(copy.deepcopy(network).unload(), str(folder))
-
-
-def _precision(network: nn.Module, dtype: torch.dtype) -> Callable[[], AbstractContextManager[Any]]:
-    """The arithmetic of training: autocast where some parameters are fp32 masters of a lower dtype."""
-    if dtype == torch.float32 or all(p.dtype == dtype for p in network.parameters() if p.requires_grad):
-        return nullcontext
-    device = next(network.parameters()).device.type
-    return lambda: torch.autocast(device, dtype=dtype)
+        custom_object_save(network, staging, config=config)
+    config.save_pretrained(staging)
+    if network.can_generate():
+        network.generation_config.save_pretrained(staging)
 
 
 def _check_target(out: Path) -> None:
@@ -207,21 +192,13 @@ def _check_target(out: Path) -> None:
         raise UserError(f"out: {out}: holds files of something else; give a new folder")
 
 
-def _check_tokenizer(tokenizer: Any, folder: Path, prompts: Sequence[str]) -> None:
-    from transformers import AutoTokenizer  # seconds to import
-
-    again = AutoTokenizer.from_pretrained(folder)
-    for prompt in prompts:
-        if again(prompt)["input_ids"] != tokenizer(prompt)["input_ids"]:
-            raise RunError(f"export: the saved tokenizer cuts {prompt!r} in another way than the run's")
-    if again.chat_template != tokenizer.chat_template:
-        raise RunError("export: the saved tokenizer lost the run's chat template")
-
-
-def _describe(folder: Path, recipe: Recipe, step: int, report: dict[str, Any], metrics: Mapping[str, Any]) -> None:
+def _describe(
+    folder: Path, recipe: Recipe, step: int, origin: str, report: dict[str, Any], metrics: Mapping[str, Any]
+) -> None:
     """The model card and the record of the parity check, in place of what the libraries wrote."""
     secrets = known_secrets(os.environ)
     (folder / "README.md").unlink(missing_ok=True)
-    write_file(folder / "README.md", redact(model_card(recipe, step, report, metrics), secrets).encode())
-    record = {"recipe": recipe.name, "step": step, **report}
+    card = model_card(recipe, step, origin, report, metrics)
+    write_file(folder / "README.md", redact(card, secrets).encode())
+    record = {"recipe": recipe.name, "step": step, "weights": origin, **report}
     write_file(folder / RECORD, (json.dumps(redact(record, secrets), indent=2, allow_nan=False) + "\n").encode())

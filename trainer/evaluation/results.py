@@ -32,13 +32,16 @@ _STEP_FILE = re.compile(r"-step-(\d+)\.json$")
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def result_path(run_folder: Path, suite: str, step: int | None, model: Model) -> Path:
-    """Where a suite's result lies. Raises ValueError for a run's result without its step."""
+def result_path(run_folder: Path, suite: str, step: int | None, model: Model, variant: str = "") -> Path:
+    """Where a suite's result lies. Raises ValueError for a run's result without its step.
+
+    A `variant` of the run's weights (an average) has a folder of its own: no reader takes its results for the run's.
+    """
     if model == "base":
         return run_folder / FOLDER / f"{suite}-base.json"
     if step is None:
         raise ValueError(f"suite {suite!r}: the result of a run belongs to a step")
-    return run_folder / FOLDER / f"{suite}-step-{step:08d}.json"
+    return run_folder / FOLDER / variant / f"{suite}-step-{step:08d}.json"
 
 
 def write_result(path: Path, result: Result) -> None:
