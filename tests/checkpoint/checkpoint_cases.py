@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,16 @@ class ThreadWorld(World):
 
     shared: dict[int, str] = field(default_factory=dict)
     meet: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
+    beside: tuple[dict[int, str], threading.Barrier] | None = None  # for the threads of the ranks
+
+    def apart(self) -> World:
+        assert self.beside is not None
+        return replace(self, shared=self.beside[0], meet=self.beside[1], beside=None)
+
+    def _reduce(self, values: list[float], operation: Any) -> list[float]:
+        rows = self.gather(values)
+        combine: Callable[[Any], float] = {"MAX": max, "SUM": sum}[operation.name]
+        return [combine(column) for column in zip(*rows, strict=True)]
 
     def gather(self, value: Any) -> list[Any]:
         self.shared[self.rank] = json.dumps(value)
@@ -149,11 +159,12 @@ def in_threads(size: int, work: Callable[[World], Any]) -> list[Any]:
     """`work(world)` on `size` ranks; each rank's result, or its exception."""
     shared: dict[int, str] = {}
     meet = threading.Barrier(size)
+    beside: tuple[dict[int, str], threading.Barrier] = ({}, threading.Barrier(size))
     results: list[Any] = [None] * size
 
     def body(rank: int) -> None:
         try:
-            results[rank] = work(ThreadWorld(rank, size, shared=shared, meet=meet))
+            results[rank] = work(ThreadWorld(rank, size, shared=shared, meet=meet, beside=beside))
         except Exception as error:  # noqa: BLE001  returned to the test, which looks at it
             results[rank] = error
 

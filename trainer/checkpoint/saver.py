@@ -75,15 +75,17 @@ class Saver:
         flight = self._flight
         if flight is not None:
             self._join(flight)
-        own = str(flight.error or "") if flight is not None else ""
-        rows = self.world.gather([self.store.lease.lost, own])
-        if any(lost for lost, _ in rows):
+        error = flight.error if flight is not None else None
+        rows = self.world.gather([self.store.lease.lost, str(error or ""), isinstance(error, UserError)])
+        if any(lost for lost, _, _ in rows):
             raise LeaseLostError(self.store.lease.lost_message)
-        reasons = [reason for _, reason in rows if reason]
         self.poll()
         self._flight = None
-        if reasons and flight is not None:
-            self._count(flight.step, reasons[0])
+        told = [(reason, users) for _, reason, users in rows if reason]
+        if told and told[0][1]:
+            raise UserError(told[0][0])
+        if told and flight is not None:
+            self._count(flight.step, told[0][0])
 
     def poll(self) -> None:
         """Tell of a save that has succeeded. No collective: each rank may find that at another step."""

@@ -24,7 +24,7 @@ from trainer.checkpoint.durable import (
     write_file,
 )
 from trainer.checkpoint.image import Direct, Layout, Snapshot
-from trainer.checkpoint.lease import NO_LEASE, NoLease
+from trainer.checkpoint.lease import NO_LEASE, LeaseLostError, NoLease
 from trainer.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
@@ -213,7 +213,7 @@ def tidy(store: Store, step: int, scores: Mapping[int, float]) -> None:
         for old in doomed((found for found in steps if found <= step), scores, store.settings):
             fail_point("rotate", step=step)
             remove_folder(paths[old])
-    except OSError as error:
+    except (OSError, LeaseLostError) as error:
         log.warning("checkpoint %s is saved, but tidying up after it failed: %s", folder / target, error)
     for path in newest(folder):
         if (step_of(path) or 0) > step:
