@@ -23,16 +23,16 @@ CONFIG = {
 
 
 def recipe_in(folder: Path, **more: Any) -> Recipe:
-    """A recipe whose model is a header without weights and whose data are one row."""
+    """A recipe whose model is all zeros and whose data are one row."""
     model = folder / "model"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text(json.dumps(CONFIG))
     header = {
-        "model.embed_tokens.weight": {"shape": [32, 8]},
-        "model.layers.0.mlp.gate_proj.weight": {"shape": [16, 8]},
+        "model.embed_tokens.weight": {"dtype": "F32", "shape": [32, 8], "data_offsets": [0, 1024]},
+        "model.layers.0.mlp.gate_proj.weight": {"dtype": "F32", "shape": [16, 8], "data_offsets": [1024, 1536]},
     }
     text = json.dumps(header).encode()
-    (model / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    (model / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(1536))
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     (folder / "data.jsonl").write_text(json.dumps(row) + "\n")
     data = {

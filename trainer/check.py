@@ -11,6 +11,7 @@ from trainer.config import Recipe, Source, Stage, UserError, dump_recipe
 from trainer.config.check_sources import is_local
 from trainer.config.memory import estimate
 from trainer.config.model_facts import ModelFacts, UnknownModel, model_facts
+from trainer.config.model_files import check_model_folder
 
 FEW_TARGETS = 0.01  # share of supervised tokens below which most of the compute is prompt
 MUCH_CUT = 0.1  # share of truncated rows above which max_length is the first suspect
@@ -64,6 +65,8 @@ def check_paths(recipe: Recipe) -> None:
             )
         if path.suffix != ".gguf" and not (path / "config.json").is_file():
             raise UserError(f"model.path: {model.path!r}: has no config.json; give a model's folder")
+        if path.suffix != ".gguf":
+            check_model_folder(path, repr(model.path), trusted=model.trust_remote_code)
     if model.chat_template and not Path(model.chat_template).expanduser().is_file():
         raise UserError(
             f"model.chat_template: {model.chat_template!r}: no such file; give the path of a Jinja template"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from trainer.config.check_sources import is_local
+from trainer.config.model_files import read_json
+from trainer.config.safetensors_header import read_header
 from trainer.config.schema import Model
 
 MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors format
@@ -83,10 +84,10 @@ def model_facts(model: Model) -> ModelFacts:
 
 
 def _from_folder(folder: Path) -> ModelFacts:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
     else:
         names = ["model.safetensors"]
     missing = [name for name in names if not (folder / name).is_file()]
@@ -112,14 +113,10 @@ def _from_cache(model: Model) -> ModelFacts:
 
 
 def _safetensors_shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes from the header: 8 bytes of length, little endian, then JSON."""
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        if size > MAX_HEADER_BYTES:
-            raise ValueError(f"{path.name}: header of {size} bytes")
-        for name, entry in json.loads(file.read(size)).items():
-            if name != "__metadata__" and not BUFFERS.search(name):
-                yield name, tuple(entry["shape"])
+    """Names and shapes from the header."""
+    for name, entry in read_header(path).items():
+        if not BUFFERS.search(name):
+            yield name, entry.shape
 
 
 def _facts(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> ModelFacts:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import UserError
+from trainer.config.hub_model import model_folder
 from trainer.config.schema import Model
 from trainer.data.hub import offline_if_unreachable
 
@@ -47,11 +48,10 @@ def _load(model: Model) -> Any:
     from transformers import AutoTokenizer  # seconds: only once the path is known to be good
 
     options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
-    if model.revision is not None:
-        options["revision"] = model.revision
-    place = str(path) if path.exists() else model.path
     if is_file:
         place, options["gguf_file"] = str(path.parent), path.name
+    else:
+        place = str(model_folder(model, weights=False))
     try:
         return AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:  # the hub client and the tokenizers' own parser raise errors of any kind
