@@ -16,6 +16,7 @@ the calm run's bit for bit. A row goes to benchmarks/results/chaos.csv.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
 import importlib.metadata
@@ -135,10 +136,8 @@ class Victim:
             return False
         os.kill(pid, signal.SIGSTOP)
         time.sleep(self.draw.uniform(0.5, 3))
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
-        except ProcessLookupError:
-            pass
         return True
 
 

@@ -73,7 +73,7 @@ class Run:
         self.status = "failed"  # until the walk has returned
         self.step = 0
         self.skipped_in_row = 0
-        self.rollbacks = 0  # in a row, without a good step between
+        self.rollbacks, self.rolled_to = 0, -1  # in a row, to the same checkpoint
         average = recipe.ema
         self.ema: NoEMA = NoEMA() if average.decay is None else EMA(engine, average.decay, average.evaluate)
         self.last_lr_factor = 0.0
@@ -228,7 +228,8 @@ class Run:
         if self.last_saved <= self.step - self.stage_step:
             return False
         spiked, place, ids = self.step, self.loader.state(), self.shown_ids()
-        self.rollbacks += 1
+        self.rollbacks = self.rollbacks + 1 if self.last_saved == self.rolled_to else 1
+        self.rolled_to = self.last_saved
         if self.rollbacks > ROLLBACKS:
             raise RunError(
                 f"step {spiked}: {ROLLBACKS} rollbacks without a checkpoint between; last examples: {ids}; "
