@@ -88,8 +88,8 @@ class FlatEngine:
 
     def train(self, steps: int, first: int = 0) -> None:
         for step in range(first, first + steps):
-            torch.manual_seed(step * 1009 + self.world.rank)
-            self.master.grad = torch.randn_like(self.master)
+            generator = torch.Generator().manual_seed(step * 1009 + self.world.rank)  # ranks may be threads
+            self.master.grad = torch.randn(self.master.shape, generator=generator)
             self.optimizer.step()
 
     def slots(self) -> Iterator[Slot]:
