@@ -10,7 +10,7 @@ from typing import Any
 from trainer.config import Recipe, Source, Stage, UserError, dump_recipe
 from trainer.config.check_sources import is_local
 from trainer.config.memory import estimate
-from trainer.config.model_facts import ModelFacts, UnknownModel, model_facts
+from trainer.config.model_facts import ModelFacts, UnknownModel, check_gguf, model_facts
 from trainer.config.model_files import check_model_folder
 
 FEW_TARGETS = 0.01  # share of supervised tokens below which most of the compute is prompt
@@ -65,7 +65,9 @@ def check_paths(recipe: Recipe) -> None:
             )
         if path.suffix != ".gguf" and not (path / "config.json").is_file():
             raise UserError(f"model.path: {model.path!r}: has no config.json; give a model's folder")
-        if path.suffix != ".gguf":
+        if path.suffix == ".gguf":
+            check_gguf(path)
+        else:
             check_model_folder(path, repr(model.path), trusted=model.trust_remote_code)
     if model.chat_template and not Path(model.chat_template).expanduser().is_file():
         raise UserError(

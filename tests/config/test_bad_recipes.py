@@ -99,7 +99,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     # across fields
     ({"output": "../../etc"}, "output: '../../etc':", "must not climb"),
     ({"model": {"labels": ["a", "b"]}}, "model.labels:", "only read by `kind: classification`"),
-    ({"model": {"trust_remote_code": True}}, "model.trust_remote_code: true:", "pinned `model.revision`"),
+    ({"model": {"trust_remote_code": True}}, "model.trust_remote_code: true:", "`model.revision: <commit>`"),
     ({"model": {"path": "./here", "revision": "v1"}}, "model.revision: 'v1':", "only hub models"),
     ({"model": {"attention": "flash_attention_2", "dtype": "float32"}}, "model.attention:", "bfloat16"),
     ({"model": {"quantization": "nf4"}, "tuning": {"method": "full"}}, "tuning.method: 'full':", "method: lora"),

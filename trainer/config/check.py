@@ -5,6 +5,7 @@ A value that nothing would read is refused where it differs from the default.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from pydantic import BaseModel
@@ -29,6 +30,8 @@ WHOLE_STATE = {  # what cannot work on shards
     "muon": "orthogonalises whole matrices, which are cut into shards",
     "adamw8bit": "keeps blockwise state that a checkpoint cannot cut into ranges",
 }
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def problems_of(recipe: Recipe) -> list[Problem]:
@@ -80,8 +83,9 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("model", "labels"), labels, "a label is there twice; give each class one name")
     if model.kind == "causal-lm" and model.labels:
         yield Problem(("model", "labels"), labels, "only read by `kind: classification`; set the kind or remove them")
-    if model.trust_remote_code and not model.revision and not is_local(model.path):
-        yield Problem(("model", "trust_remote_code"), True, "needs a pinned `model.revision` (a commit)")
+    if model.trust_remote_code and not is_local(model.path) and not COMMIT.fullmatch(model.revision or ""):
+        remedy = "needs `model.revision: <commit>`, 40 hex digits; a branch or tag may hold other code tomorrow"
+        yield Problem(("model", "trust_remote_code"), True, remedy)
     if model.revision and is_local(model.path):
         yield Problem(("model", "revision"), model.revision, "only hub models have revisions; remove it")
     if model.quantization != "none" and recipe.tuning.method != "lora":

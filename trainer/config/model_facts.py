@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from trainer.config.check_sources import is_local
+from trainer.config.errors import UserError
 from trainer.config.model_files import read_json
-from trainer.config.safetensors_header import read_header
+from trainer.config.safetensors_header import MOST_DIMENSIONS, read_header
 from trainer.config.schema import Model
 
 MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors format
@@ -150,11 +151,21 @@ def _facts(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> ModelF
 
 SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
-MAX_COUNT = 1 << 24  # entries; more is a damaged file
+MAX_COUNT = 1 << 21  # entries; the largest vocabularies have 300,000; more is a damaged file
 
 
-def _from_gguf(path: Path) -> ModelFacts:
-    """Facts from a GGUF header. The gguf package's reader takes seconds over the vocabulary, which is skipped here."""
+def check_gguf(path: Path) -> None:
+    """Raise UserError where a .gguf file is damaged, or made to keep its reader busy."""
+    try:
+        _gguf_header(path)
+    except (OSError, ValueError, struct.error, KeyError) as error:
+        raise UserError(
+            f"model.path: {path}: not a GGUF file that can be read ({str(error)[:120]}); download it again"
+        ) from error
+
+
+def _gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """(values by key, shapes by tensor). The gguf package's reader takes seconds over the vocabulary, skipped here."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF" or _scalar(file, "<I") not in (2, 3):
             raise ValueError("not a GGUF file of version 2 or 3")
@@ -166,9 +177,17 @@ def _from_gguf(path: Path) -> ModelFacts:
         shapes = {}
         for _ in range(tensors):
             name = _string(file)
-            dimensions = [int(_scalar(file, "<Q")) for _ in range(int(_scalar(file, "<I")))]
+            rank = int(_scalar(file, "<I"))
+            if rank > MOST_DIMENSIONS:
+                raise ValueError(f"{name[:60]}: {rank} dimensions")
+            dimensions = [int(_scalar(file, "<Q")) for _ in range(rank)]
             file.read(12)  # type and offset
             shapes[_hub_name(name)] = tuple(reversed(dimensions))
+    return values, shapes
+
+
+def _from_gguf(path: Path) -> ModelFacts:
+    values, shapes = _gguf_header(path)
     kind = f"{values['general.architecture']}."
     config = {
         "architectures": ["GGUFForCausalLM"],
@@ -198,7 +217,7 @@ def _scalar(file: BinaryIO, form: str) -> Any:
 def _count(file: BinaryIO) -> int:
     count = int(_scalar(file, "<Q"))
     if count > MAX_COUNT:
-        raise ValueError(f"{count} entries")
+        raise ValueError(f"{count} entries, at most {MAX_COUNT} are read")
     return count
 
 

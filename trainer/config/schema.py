@@ -36,7 +36,9 @@ class Model(Section):
     attention_dropout: Share | None = Field(None, description="Dropout on attention weights; null keeps the model's.")
     hidden_dropout: Share | None = Field(None, description="Dropout on residual branches; null keeps the model's.")
     chat_template: str | None = Field(None, description="Path of a Jinja chat template that replaces the tokenizer's.")
-    trust_remote_code: bool = Field(False, description="Run code shipped with the model; demands a pinned `revision`.")
+    trust_remote_code: bool = Field(
+        False, description="Run code shipped with the model; of a hub model only with a commit as `revision`."
+    )
 
 
 class Tuning(Section):

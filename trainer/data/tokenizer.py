@@ -56,8 +56,11 @@ def _load(model: Model) -> Any:
         return AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:  # the hub client and the tokenizers' own parser raise errors of any kind
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        remedy = "check the path, id or network"
+        if "custom code" in reason:
+            remedy = "read that code, and set `model.trust_remote_code: true` where it may run"
         raise UserError(
-            f"model.path: {model.path}: its tokenizer cannot be loaded ({reason[:200]}); check the path, id or network"
+            f"model.path: {model.path}: its tokenizer cannot be loaded ({reason[:200]}); {remedy}"
         ) from error
 
 

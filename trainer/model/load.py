@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from trainer.config import UserError
+from trainer.config.hub_model import model_folder
 from trainer.config.schema import Model, Tuning
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -27,9 +28,8 @@ def load_network(settings: Model, tuning: Tuning, seed: int) -> nn.Module:
     arguments: dict[str, Any] = {
         "dtype": storage_dtype(settings, tuning),
         "trust_remote_code": settings.trust_remote_code,
+        "use_safetensors": True,  # the other kind of file is a pickle
     }
-    if settings.revision:
-        arguments["revision"] = settings.revision
     if settings.kind == "classification":
         labels = settings.labels or []
         arguments |= {
@@ -95,10 +95,11 @@ def _from_pretrained(settings: Model, arguments: dict[str, Any]) -> nn.Module:
     try:
         if path.suffix == ".gguf":
             return _plain(auto.from_pretrained(str(path.parent), gguf_file=path.name, **arguments))
-        source = str(path) if path.exists() else settings.path
-        return auto.from_pretrained(source, **arguments)
+        return auto.from_pretrained(str(model_folder(settings, weights=True)), **arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        if "custom code" in reason:
+            reason += "; read that code, and set `model.trust_remote_code: true` where it may run"
         raise UserError(f"model.path: {settings.path!r}: cannot be loaded: {reason}") from error
 
 
