@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from trainer.config import UserError
-from trainer.fault import ATTEMPT, EXIT_CODE, FAIL_POINT, Fault, InjectedFault, fail_point, parse_faults
+from trainer.fault import EXIT_CODE, FAIL_POINT, Fault, InjectedFault, fail_point, parse_faults
+from trainer.launched import ATTEMPT
 
 
 def test_the_specification() -> None:

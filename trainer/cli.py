@@ -27,6 +27,11 @@ app = typer.Typer(
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew; the old folder is kept under another name.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on the console.")]
+AllowDataChange = Annotated[
+    bool, typer.Option("--allow-data-change", help="Go on although data, order, batch or seed changed; recorded.")
+]
 StepOption = Annotated[int | None, typer.Option("--step", help="This step's checkpoint, not the newest good one.")]
 BestOption = Annotated[bool, typer.Option("--best", help="The best step by checkpoint.metric.")]
 AverageOption = Annotated[str | None, typer.Option("--average", help="An average in RUN/averages, by name.")]
@@ -88,13 +93,9 @@ def prepare(recipe: RecipePath, overrides: Overrides = None) -> None:
 def train(
     recipe: RecipePath,
     overrides: Overrides = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start anew; the old folder is kept under another name.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on the console.")] = False,
-    allow_data_change: Annotated[
-        bool, typer.Option("--allow-data-change", help="Go on although data, order, batch or seed changed; recorded.")
-    ] = False,
+    fresh: Fresh = False,
+    quiet: Quiet = False,
+    allow_data_change: AllowDataChange = False,
 ) -> None:
     """Train; goes on from the newest checkpoint if the run's folder has one."""
     from launchers.environment import cpu_environment, restart_with
@@ -125,6 +126,42 @@ def train(
         _report(Path(loaded.output))
     if run.status == "preempted":
         raise typer.Exit(STOPPED)
+
+
+@app.command()
+def launch(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", min=1, help="Processes on this machine; default one a GPU, else one.")
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option("--max-restarts", min=0, help="Restarts in all; a run that does not get on stops before.")
+    ] = 10,
+    hang_seconds: Annotated[
+        float, typer.Option("--hang-seconds", min=0, help="Silence in a step that is taken for a hang; 0: never.")
+    ] = 60.0,
+    fresh: Fresh = False,
+    quiet: Quiet = False,
+    allow_data_change: AllowDataChange = False,
+) -> None:
+    """Train on several processes under a supervisor that starts them again when one dies or hangs.
+
+    Exit codes: 0 complete; 75 stopped by a signal and saved, the same command goes on; 2 recipe or data refused;
+    1 failed for good. Logs of each attempt and rank: RUN/logs/attempt-NN/rank-NNNNN.log.
+    """
+    from launchers.local import Launch
+    from launchers.machine import devices
+    from launchers.supervisor import supervise
+    from trainer.config import load_recipe
+
+    folder = Path(load_recipe(recipe, overrides).output)
+    arguments = ["train", str(recipe), *(overrides or [])]
+    arguments += ["--quiet"] * quiet + ["--allow-data-change"] * allow_data_change
+    size = nproc or max(1, devices())
+    code = supervise(Launch(folder, tuple(arguments), size, max_restarts, hang_seconds, fresh))
+    if code:
+        raise typer.Exit(code)
 
 
 def _report(folder: Path) -> None:

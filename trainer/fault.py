@@ -5,8 +5,9 @@
     TUNESMITH_FAIL_POINT="step:step=7:hang;rename:attempt=2"  at step 7 every rank loops; attempt 2 dies at `rename`
 
 Parts are joined by colons: the point's name, conditions, last the action (default `kill`). Conditions: `rank`; `nth`,
-the n-th passing of this process that meets the other conditions (default 1); `attempt`, counted from 1 by `tunesmith
-launch`; and any fact that the point gives, such as `step`. Several faults are joined by semicolons.
+the n-th passing of this process that meets the other conditions (default 1); `attempt`, which `tunesmith launch` counts
+from 1 over the life of a run; and any fact that the point gives, such as `step`. Several faults are joined by
+semicolons.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from trainer.config.errors import UserError
+from trainer.launched import ATTEMPT
 
 FAIL_POINT = "TUNESMITH_FAIL_POINT"
-ATTEMPT = "TUNESMITH_ATTEMPT"  # set by the supervisor: 1 for the first start of a command
+SLOW = 3.0  # seconds of the action `slow`: a storage that lags
 EXIT_CODE = 13  # of the action `exit`: no code that anything else ends with
 
 
@@ -95,6 +97,14 @@ def _full(point: str) -> NoReturn:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), point)
 
 
+def _broken(point: str) -> NoReturn:
+    raise OSError(errno.EIO, os.strerror(errno.EIO), point)
+
+
+def _slow(point: str) -> None:
+    time.sleep(SLOW)
+
+
 def _exit(point: str) -> NoReturn:
     os._exit(EXIT_CODE)
 
@@ -118,6 +128,8 @@ ACTIONS: dict[str, Callable[[str], None]] = {
     "kill": _kill,
     "raise": _raise,
     "full": _full,
+    "broken": _broken,
+    "slow": _slow,
     "exit": _exit,
     "hang": _hang,
     "hold": _hold,

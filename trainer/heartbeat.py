@@ -24,8 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-FOLDER = "TUNESMITH_HEARTBEAT"  # where the files are; set by the supervisor
-STACKS = "TUNESMITH_LOGS"  # where a rank's Python stacks go when the supervisor asks for them; the same
+from trainer.launched import HEARTBEAT, LOGS
+
 STACK_SIGNAL = signal.SIGRTMIN + 7  # nobody's: the C library uses the first two, debuggers and runtimes low ones
 PLACE_SIZE, IDS_SIZE = 4096, 12 * 1024  # bytes
 HEAD = struct.Struct("<II")  # CRC-32 and length of what follows
@@ -66,7 +66,8 @@ class Pulse(Quiet):
             "rank": rank,
             "pid": os.getpid(),
             "section": "start",
-            "waits": None,  # for the other ranks, in this collective
+            "waits": None,  # what this rank waits for: the collective it is in, a lock that another rank holds
+            "collective": None,  # entered last
             "collectives": 0,  # entered so far: the others wait for the rank with the lower count
             "step": None,  # the optimizer step in work, from 1
             "done": None,  # the last step that this process has finished
@@ -103,7 +104,7 @@ class Pulse(Quiet):
 
     def wait(self, collective: str) -> None:
         """Begin to wait for the others in a collective."""
-        self.tell(waits=collective, collectives=self._place["collectives"] + 1)
+        self.tell(waits=collective, collective=collective, collectives=self._place["collectives"] + 1)
 
     def ids(self, step: int, ids: Iterable[str]) -> None:
         """The examples of the step in work, as many as the slot holds."""
@@ -174,13 +175,13 @@ def begin() -> None:
     """Beat from here on if a supervisor asks for it, and write all threads' Python stacks whenever it sends
     STACK_SIGNAL: faulthandler does that from C, so a thread that holds the interpreter's lock cannot prevent it."""
     global _pulse, _stacks
-    if os.environ.get(FOLDER) is None:
+    if os.environ.get(HEARTBEAT) is None:
         return
     rank = int(os.environ.get("RANK", "0"))
     faulthandler.enable()  # a crash in C leaves its Python stack in the rank's log
-    _stacks = stacks_path(Path(os.environ[STACKS]), rank).open("a", encoding="utf-8")
+    _stacks = stacks_path(Path(os.environ[LOGS]), rank).open("a", encoding="utf-8")
     faulthandler.register(STACK_SIGNAL, file=_stacks, all_threads=True, chain=False)
-    _pulse = Pulse(pulse_path(Path(os.environ[FOLDER]), rank), rank)  # last: who beats can be asked for stacks
+    _pulse = Pulse(pulse_path(Path(os.environ[HEARTBEAT]), rank), rank)  # last: who beats can be asked for stacks
 
 
 def beat() -> None:

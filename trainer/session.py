@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from trainer.engine import engine_kind
 from trainer.engine.base import Engine
 from trainer.evaluation.suites import Evaluator
 from trainer.heartbeat import phase
+from trainer.launched import RESTART
 from trainer.model.build import build_trainee, packs, parameter_counts
 from trainer.model.files import base_digest
 from trainer.model.load import DTYPES
@@ -134,6 +136,8 @@ def open_session(
             run.stop.install()
             optimizers = [stage.optimizer for stage in recipe.stages]
             check_start(run.saver.store.folder, recipe.checkpoint.keep, engine, world, optimizers, run.ema.shadows)
+            if reason := os.environ.get(RESTART):
+                run.tracker.event(run.step, "restart", reason)
             if run.resume() and before.changes:
                 run.tracker.event(run.step, "recipe_changed", "; ".join(str(change) for change in before.changes))
             yield run

@@ -14,9 +14,10 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
+from trainer.launched import SUPERVISOR
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED = 75  # EX_TEMPFAIL: the exit code of a run that wants to be started again
-PARENT = "TUNESMITH_SUPERVISOR"  # pid of the supervisor, in the environment of its ranks
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
@@ -40,8 +41,9 @@ class StopSignal:
         return self
 
     def _set(self, number: int, frame: Any) -> None:
-        self.name = self.name or signal.Signals(number).name
-        self.event.set()
+        if not self.name:  # a second signal may interrupt the first one's handler, inside of the event's own lock
+            self.name = signal.Signals(number).name
+            self.event.set()
 
     @property
     def raised(self) -> bool:
@@ -67,8 +69,8 @@ def follow_launcher() -> None:
     The ranks of `tunesmith launch` are killed with it: what they could still save depends on all of them. torchrun dies
     of signals that it does not know, such as SIGUSR1, and leaves its ranks behind; they take that for a SIGTERM.
     """
-    if os.environ.get(PARENT):
-        die_with_parent(signal.SIGKILL, int(os.environ[PARENT]))
+    if os.environ.get(SUPERVISOR):
+        die_with_parent(signal.SIGKILL, int(os.environ[SUPERVISOR]))
     elif os.environ.get("TORCHELASTIC_RUN_ID"):
         die_with_parent(signal.SIGTERM, os.getppid())
 

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 
 from trainer.heartbeat import collective
+from trainer.launched import STORE
 
 log = logging.getLogger(__name__)
 
-# A dead peer ends a collective of gloo at once: its connection breaks. This is for a peer that lives and is silent where
-# no supervisor looks for it: no less than the longest save or evaluation that one rank alone may be busy with.
+# A dead peer ends a collective of gloo at once: its connection breaks. This is for a peer that lives and is silent
+# where no supervisor looks for it: no less than the longest save or evaluation that one rank alone may be busy with.
 TIMEOUT = timedelta(minutes=30)
-STORE = "TUNESMITH_STORE_FD"  # of rank 0, from the supervisor: a listening socket, so that nobody takes the port first
 
 
 @dataclass(frozen=True)

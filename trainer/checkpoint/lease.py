@@ -25,6 +25,7 @@ from trainer.checkpoint.agreement import agreed
 from trainer.checkpoint.durable import host_name, started, sync
 from trainer.checkpoint.manifest import CheckpointError
 from trainer.config.errors import UserError
+from trainer.launched import LOGS, LOGS_FOLDER
 from trainer.world import World
 
 log = logging.getLogger(__name__)
@@ -181,10 +182,11 @@ def held(folder: Path, world: World, *, fresh: bool = False) -> Iterator[NoLease
 
     def take() -> None:
         taken.append(acquire(folder))
-        if fresh and any(path.name != LEASES for path in folder.iterdir()):
+        if fresh and any(path.name not in (LEASES, LOGS_FOLDER) for path in folder.iterdir()):
             aside = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
             old = taken.pop()
             old.move(folder, aside)
+            _keep_logs(aside)
             taken.append(acquire(folder, above=old.generation))
 
     agreed(world, lambda: take() if world.is_main else None)
@@ -193,6 +195,14 @@ def held(folder: Path, world: World, *, fresh: bool = False) -> Iterator[NoLease
     finally:
         for lease in taken:
             lease.release()
+
+
+def _keep_logs(aside: Path) -> None:
+    """Put the logs that a supervisor is writing back where it knows them."""
+    logs = Path(os.environ[LOGS]) if LOGS in os.environ else None
+    if logs is not None and (aside / LOGS_FOLDER / logs.name).is_dir():
+        logs.parent.mkdir(parents=True, exist_ok=True)
+        (aside / LOGS_FOLDER / logs.name).rename(logs)
 
 
 def check_free(folder: Path) -> None:
