@@ -106,4 +106,4 @@ def run_ranks(size: int, function: Callable[..., None], *arguments: Any) -> None
     here."""
     import torch.multiprocessing as processes
 
-    processes.spawn(_rank, (size, free_ports(12), function, arguments), nprocs=size)
+    processes.spawn(_rank, (size, free_ports(24), function, arguments), nprocs=size)
