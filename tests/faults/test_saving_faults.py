@@ -14,7 +14,6 @@ from fault_cases import (
     EVERY,
     STEPS,
     Outcome,
-    descendants,
     last_step,
     launch,
     outcome,
@@ -228,19 +227,14 @@ def test_a_signal_during_a_save(number: signal.Signals, recipe: Path, calm: Outc
 
 @pytest.mark.faults
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("whom", ["supervisor", "torchrun"])
-def test_only_the_launcher_is_killed(whom: str, recipe: Path, calm: Outcome) -> None:
+def test_only_the_launcher_is_killed(recipe: Path, calm: Outcome) -> None:
     folder = recipe.parent / "run"
     command = launch(recipe, log=recipe.parent / "log")
     wait_for(lambda: last_step(folder) >= 4, what="steps")
     assert command.process is not None
-    below = descendants(command.process.pid)
-    os.kill(command.process.pid if whom == "supervisor" else below[0], signal.SIGKILL)
-    if whom == "supervisor":
-        wait_for(lambda: not ranks_of(folder), 5, "end of the orphans")
-        ended = launch(recipe, log=recipe.parent / "log2").end()
-    else:
-        ended = command.end()
+    os.kill(command.process.pid, signal.SIGKILL)
+    wait_for(lambda: not ranks_of(folder), 5, "end of the orphans")
+    ended = launch(recipe, log=recipe.parent / "log2").end()
     assert ended.code == 0, ended.output
     same_end(folder, calm)
 
