@@ -12,6 +12,7 @@ from trainer.config.check_sources import is_local
 from trainer.config.memory import estimate
 from trainer.config.model_facts import ModelFacts, UnknownModel, check_gguf, model_facts
 from trainer.config.model_files import check_model_folder
+from trainer.data.tokenizer import read_template
 
 FEW_TARGETS = 0.01  # share of supervised tokens below which most of the compute is prompt
 MUCH_CUT = 0.1  # share of truncated rows above which max_length is the first suspect
@@ -69,10 +70,8 @@ def check_paths(recipe: Recipe) -> None:
             check_gguf(path)
         else:
             check_model_folder(path, repr(model.path), trusted=model.trust_remote_code)
-    if model.chat_template and not Path(model.chat_template).expanduser().is_file():
-        raise UserError(
-            f"model.chat_template: {model.chat_template!r}: no such file; give the path of a Jinja template"
-        )
+    if model.chat_template:
+        read_template(model.chat_template)
     for name, source in recipe.sources.items():
         _check_source_path(f"sources.{name}", source)
 

@@ -13,10 +13,11 @@ from torch import nn
 from trainer.config import UserError
 from trainer.config.schema import Model, Tuning
 from trainer.model.blocks import blocks
-from trainer.model.dropout import set_dropout
-from trainer.model.load import base_digest, load_network
+from trainer.model.dropout import set_dropout, verify_dropout
+from trainer.model.load import load_network
 from trainer.model.methods import apply_method
-from trainer.model.root import Trainee, verify_head
+from trainer.model.probes import verify_head
+from trainer.model.root import Trainee
 
 
 def trainable(network: nn.Module) -> set[str]:
@@ -47,7 +48,7 @@ def test_last_layers_refuses_more_than_there_are() -> None:
 def test_lora_trains_adapters_alone_in_fp32_and_the_same_on_every_rank() -> None:
     first, second = (apply_method(tiny_llama().to(torch.bfloat16), Tuning(rank=4), [], seed=5) for _ in range(2))
     assert trainable(first) and all("lora_" in name for name in trainable(first))
-    assert base_digest(first) == base_digest(second)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert {p.dtype for p in first.parameters() if p.requires_grad} == {torch.float32}
     assert not any("lm_head" in name for name in trainable(first))
 
@@ -85,9 +86,14 @@ def test_gguf_becomes_an_ordinary_network_that_can_be_saved(tmp_path: Path) -> N
 # ---------------------------------------------------------------- dropout
 
 
+def put_and_verify(network: nn.Module, settings: Model) -> None:
+    set_dropout(network, settings, blocks(network))
+    verify_dropout(network, settings, torch.device("cpu"))
+
+
 def test_attention_dropout_is_put_in_and_checked() -> None:
     network = tiny_llama()
-    set_dropout(network, Model(path="x", attention_dropout=0.3), blocks(network))
+    put_and_verify(network, Model(path="x", attention_dropout=0.3))
     assert network.model.layers[0].self_attn.attention_dropout == 0.3
 
 
@@ -95,7 +101,7 @@ def test_hidden_dropout_on_a_model_that_has_none_changes_training_and_not_evalua
     network = tiny_llama()
     ids = torch.arange(4, 20)[None]
     before = network.eval()(ids).logits
-    set_dropout(network, Model(path="x", hidden_dropout=0.2), blocks(network))
+    put_and_verify(network, Model(path="x", hidden_dropout=0.2))
     assert torch.equal(network.eval()(ids).logits, before)
     network.train()
     assert not torch.equal(network(ids).logits, network(ids).logits)
@@ -113,14 +119,14 @@ def test_dropout_that_would_be_ignored_is_refused(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", deaf)
     with pytest.raises(UserError, match=r"model.attention_dropout: 0.3: LlamaForCausalLM .* ignores it"):
-        set_dropout(network, Model(path="x", attention_dropout=0.3), blocks(network))
+        put_and_verify(network, Model(path="x", attention_dropout=0.3))
 
 
 def test_hidden_dropout_does_not_hide_an_ignored_attention_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     test_dropout_that_would_be_ignored_is_refused(monkeypatch)
     network = tiny_llama()
     with pytest.raises(UserError, match="attention_dropout"):
-        set_dropout(network, Model(path="x", attention_dropout=0.3, hidden_dropout=0.3), blocks(network))
+        put_and_verify(network, Model(path="x", attention_dropout=0.3, hidden_dropout=0.3))
 
 
 def test_bert_dropout_reaches_its_own_layers() -> None:
@@ -128,11 +134,30 @@ def test_bert_dropout_reaches_its_own_layers() -> None:
 
     config = BertConfig(vocab_size=99, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
     network = BertForSequenceClassification(config)
-    set_dropout(network, Model(path="x", attention_dropout=0.25, hidden_dropout=0.15), blocks(network))
+    put_and_verify(network, Model(path="x", attention_dropout=0.25, hidden_dropout=0.15))
     rates = {name: m.p for name, m in network.named_modules() if isinstance(m, nn.Dropout)}
     attention = {name: p for name, p in rates.items() if name.endswith("self.dropout")}
     assert set(attention.values()) == {0.25}
     assert {p for name, p in rates.items() if name not in attention} == {0.15}
+
+
+def test_an_adapters_dropout_does_not_hide_an_ignored_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the adapter's B moved away from zero its dropout alone makes two training forwards differ."""
+    test_dropout_that_would_be_ignored_is_refused(monkeypatch)
+    network: Any = tiny_llama()
+    set_dropout(network, Model(path="x", attention_dropout=0.3), blocks(network))
+    network = apply_method(network, Tuning(rank=4, dropout=0.5), blocks(network), seed=0)
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    base, settings = network.get_base_model(), Model(path="x", attention_dropout=0.3)
+    state = torch.random.get_rng_state()
+    for hidden in (None, 0.3):
+        with pytest.raises(UserError, match="attention_dropout"):
+            verify_dropout(base, settings.model_copy(update={"hidden_dropout": hidden}), torch.device("cpu"))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    layers = {name: m.p for name, m in network.named_modules() if isinstance(m, nn.Dropout)}
+    assert set(layers.values()) == {0.5}  # as they were
 
 
 # ---------------------------------------------------------------- head and 4 bit

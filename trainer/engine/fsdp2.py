@@ -54,7 +54,8 @@ def shard(model: Trainee, settings: EngineSettings, dtype: torch.dtype, world: W
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    register_fsdp_forward_method(model, "generate")
+    for method in ("generate", "within_forward"):
+        register_fsdp_forward_method(model, method)
 
 
 class FSDP2Engine:

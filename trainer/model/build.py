@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,19 +15,24 @@ from trainer.model.dropout import set_dropout
 from trainer.model.load import load_network
 from trainer.model.lora_fused import fuse_lora
 from trainer.model.methods import apply_method
-from trainer.model.root import Trainee, verify_head
+from trainer.model.root import Trainee
 
 log = logging.getLogger(__name__)
 
+_NOTHING: AbstractContextManager[Any] = nullcontext()
 
-def build_trainee(recipe: Recipe, pad_id: int) -> Trainee:
-    """load -> attention -> head check -> dropout -> method -> activation checkpointing -> root; on the CPU,
-    unsharded."""
+
+def build_trainee(recipe: Recipe, pad_id: int, within: AbstractContextManager[Any] = _NOTHING) -> Trainee:
+    """load -> attention -> dropout -> method -> activation checkpointing -> root; on the CPU, unsharded.
+
+    `within` is entered for the loading: an engine may place the weights there as they come. No forward is run:
+    `probes.verify_trainee` does that once the engine has the model.
+    """
     settings = recipe.model
-    network: Any = load_network(settings, recipe.tuning, recipe.seed)
+    with within:
+        network: Any = load_network(settings, recipe.tuning, recipe.seed)
     network.config.pad_token_id = pad_id
     choose_attention(network, recipe)
-    verify_head(Trainee(network))
     layers = blocks(network)
     set_dropout(network, settings, layers)
     network = apply_method(network, recipe.tuning, layers, recipe.seed)

@@ -18,41 +18,53 @@ HIDDEN_KEYS = ("hidden_dropout", "hidden_dropout_prob", "resid_pdrop")
 
 
 def set_dropout(network: Any, settings: Model, blocks: list[nn.Module]) -> None:
-    """Put the recipe's dropout into a network in place; raises UserError for a model that would ignore it.
+    """Put the recipe's dropout into a network in place; `verify_dropout` proves later that it is in force.
 
     attention: the probability that attention modules hand to the attention kernel. hidden: where a model has its own
     residual dropout, that; else dropout on the output of each block's attention and feed-forward before the residual
-    sum
-    (the place of Vaswani et al. 2017, sec. 5.4). The network's own setting stays where the recipe gives null.
+    sum (the place of Vaswani et al. 2017, sec. 5.4). The network's own setting stays where the recipe gives null.
     """
     if settings.attention_dropout is not None:
         _set_attention(network, settings.attention_dropout)
-        if settings.attention_dropout:
-            with _silenced([m for name, m in network.named_modules() if not _is_attention(name)]):
-                _verify(network, settings, "attention_dropout")
     if settings.hidden_dropout is not None:
         _set_hidden(network, settings.hidden_dropout, blocks)
-        if settings.hidden_dropout:
-            with _silenced([m for name, m in network.named_modules() if _is_attention(name)], attention=True):
-                _verify(network, settings, "hidden_dropout")
+
+
+def verify_dropout(network: Any, settings: Model, device: torch.device) -> None:
+    """Raise UserError for a network that ignores the recipe's dropout; each kind is tried with all others off.
+
+    Adapters' own dropout is among the others. Modules and random state stay as they were.
+    """
+    if settings.attention_dropout:
+        with _silenced(network, "hidden"):
+            _verify(network, settings, "attention_dropout", device)
+    if settings.hidden_dropout:
+        with _silenced(network, "attention"):
+            _verify(network, settings, "hidden_dropout", device)
 
 
 @contextmanager
-def _silenced(modules: list[nn.Module], attention: bool = False) -> Iterator[None]:
-    """Dropout layers among `modules` off for a while, with `attention` the probabilities of attention modules too."""
-    layers: dict[Any, float] = {m: m.p for m in modules if isinstance(m, nn.Dropout)}
-    handed: dict[Any, Any] = {m: m.attention_dropout for m in modules if attention and _hands_over(m)}
-    for layer in layers:
-        layer.p = 0.0
-    for module in handed:
-        module.attention_dropout = 0.0
+def _silenced(network: Any, kind: str) -> Iterator[None]:
+    """One kind of dropout off for a while, `attention` or `hidden`, and that of adapters, in every form it takes: layers,
+    probabilities that modules and the configuration keep, hooks."""
+    places: list[tuple[Any, str]] = []
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Dropout) and (_is_attention(name) == (kind == "attention") or _is_adapter(name)):
+            places.append((module, "p"))
+        if kind == "attention" and _hands_over(module):
+            places.append((module, "attention_dropout"))
+        if kind == "hidden":
+            places += [(hook, "probability") for hook in module._forward_hooks.values() if isinstance(hook, _Residual)]
+    keys = ATTENTION_KEYS if kind == "attention" else HIDDEN_KEYS
+    places += [(network.config, key) for key in keys if hasattr(network.config, key)]
+    kept = [getattr(owner, name) for owner, name in places]
+    for owner, name in places:
+        setattr(owner, name, 0.0)
     try:
         yield
     finally:
-        for layer, p in layers.items():
-            layer.p = p
-        for module, p in handed.items():
-            module.attention_dropout = p
+        for (owner, name), value in zip(places, kept, strict=True):
+            setattr(owner, name, value)
 
 
 def _hands_over(module: nn.Module) -> bool:
@@ -92,6 +104,10 @@ def _is_attention(name: str) -> bool:
     return name.endswith(("self.dropout", "attn_dropout", "self_attn", ".attn", ".attention"))
 
 
+def _is_adapter(name: str) -> bool:
+    return ".lora_dropout." in name
+
+
 class _Residual:
     """A forward hook that drops elements of a branch's output while its module trains."""
 
@@ -105,21 +121,22 @@ class _Residual:
 
 
 @torch.no_grad()
-def _verify(network: Any, settings: Model, key: str) -> None:
+def _verify(network: Any, settings: Model, key: str, device: torch.device) -> None:
     """Two training forwards that differ in nothing but the generator must differ; else the setting is ignored."""
     probability = getattr(settings, key)
     was_training = network.training
     network.train()
-    device = next(network.parameters()).device
     vocabulary = network.config.get_text_config().vocab_size
     ids = torch.arange(3, 35, device=device)[None] % vocabulary
     outputs = []
-    for seed in (1, 2):
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            backbone = getattr(network, network.base_model_prefix)
-            outputs.append(backbone(input_ids=ids).last_hidden_state)
-    network.train(was_training)
+    try:
+        for seed in (1, 2):
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(seed)
+                backbone = getattr(network, network.base_model_prefix)
+                outputs.append(backbone(input_ids=ids).last_hidden_state)
+    finally:
+        network.train(was_training)
     if torch.equal(outputs[0], outputs[1]):
         raise UserError(
             f"model.{key}: {probability}: {type(network).__name__} with {network.config._attn_implementation} "

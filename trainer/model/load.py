@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +112,3 @@ def _plain(network: Any) -> nn.Module:
     plain.load_state_dict(network.state_dict())
     plain.generation_config = network.generation_config
     return plain.eval()
-
-
-def base_digest(network: nn.Module) -> str:
-    """SHA-256 over names, shapes and a strided sample of the base weights: tells another base model, not every
-    flipped bit."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 1024)].cpu().contiguous()
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

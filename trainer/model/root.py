@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from trainer.config import UserError
 from trainer.data.batch import Batch
 
 Result = TypeVar("Result")
@@ -76,6 +75,10 @@ class Trainee(nn.Module):
         """
         return self.head.parameters() if type(self.head) is nn.Linear else iter(())
 
+    def within_forward(self, work: Callable[[], Result]) -> Result:
+        """`work()` inside the root's forward, where sharded weights are gathered; a forward method for sharding."""
+        return work()
+
     def generate(self, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
         """Greedy or sampled continuation (rows, length + new) of left-padded prompts; a forward method for sharding."""
         # The network hands its head the last position as a strided view; on a CPU the product then copies the head's
@@ -104,34 +107,3 @@ def packed_arguments(batch: Batch) -> dict[str, Any]:
 def logit_softcap(config: Any) -> float | None:
     """The cap c of logits c * tanh(logits / c) that some models apply after the head (Gemma 2)."""
     return getattr(config, "final_logit_softcapping", None)
-
-
-@torch.no_grad()
-def verify_head(trainee: Trainee, tolerance: float = 1e-2) -> None:
-    """Check on one probe that head(hidden) gives the network's own logits; raises UserError where the model does more.
-
-    Models exist that scale logits after the head (Cohere, Granite); training them through the bare head would be
-    wrong in
-    silence.
-    """
-    if trainee.encoder:
-        return
-    was_training = trainee.training
-    trainee.eval()
-    device = next(trainee.parameters()).device
-    ids = torch.arange(1, 9, device=device)[None] % trainee.config.get_text_config().vocab_size
-    positions = torch.arange(8, device=device)[None]
-    backbone = getattr(trainee.base, trainee.base.base_model_prefix)
-    hidden = backbone(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-    logits = trainee.head(hidden).float()
-    cap = logit_softcap(trainee.config)
-    logits = cap * torch.tanh(logits / cap) if cap else logits
-    expected = trainee.base(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
-    trainee.train(was_training)
-    logits = logits[:, -1] if expected.dim() == 2 else logits
-    difference = (logits - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
-    if not difference <= tolerance:
-        raise UserError(
-            f"model.path: {trainee.config.name_or_path}: applies more than its head to the last hidden state "
-            f"(relative difference {float(difference):.1e}); this model family is not supported yet"
-        )
