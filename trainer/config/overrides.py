@@ -14,6 +14,8 @@ from trainer.config.errors import UserError
 from trainer.config.problems import clean
 from trainer.config.yaml_file import parse_yaml
 
+LONGEST, DEEPEST = 1 << 16, 32  # characters of a setting; keys in it, a source's name may hold dots
+
 
 def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """A copy of the data with `key.sub=value` settings applied in order; values are read as YAML.
@@ -25,6 +27,8 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
     for item in overrides:
         key, separator, text = item.partition("=")
         parts = key.split(".")
+        if len(item) > LONGEST or len(parts) > DEEPEST:
+            raise _error(item, f"over {LONGEST >> 10} KiB, or over {DEEPEST} keys deep; write it into the recipe")
         if not separator or not all(parts) or any(part != part.strip() for part in parts):
             raise _error(item, "not of the form key.sub=value; write e.g. optimizer.lr=1e-4")
         value = parse_yaml(text, f"override: {clean(item)!r}") if text else ""

@@ -27,6 +27,7 @@ ELSEWHERE = {  # what other tools call it; keys of this schema are found in thei
     "max_grad_norm": "optimizer.clip",
 }
 SHOWN = 60  # characters of a value or key in a message
+EXPLAINED = 20  # unknown keys whose nearest key is looked for; one is told, and 20,000 would take ten seconds
 Key = tuple[str | int, ...]
 
 
@@ -83,7 +84,8 @@ def schema_problems(error: ValidationError, model: type[BaseModel], data: Any) -
     for detail in error.errors(include_url=False, include_context=True):
         key = _written_path(detail, data)
         if key not in found:  # the branches of a union each complain of the same key
-            found[key] = _problem(detail, key, model)
+            explained = len(found) < EXPLAINED or detail["type"] != "extra_forbidden"
+            found[key] = _problem(detail, key, model) if explained else Problem(key, detail["input"], "unknown key")
     return sorted(found.values(), key=lambda problem: "unknown key" not in problem.remedy)
 
 

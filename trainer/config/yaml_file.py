@@ -17,6 +17,7 @@ from trainer.config.errors import UserError
 from trainer.config.problems import ABSENT, Key, Problem, clean
 
 MAX_RECIPE_BYTES = 1 << 18  # a recipe is a page; this much takes the parser about two seconds
+MOST_BITS = 64  # of a whole number; Python itself prints no more than 4,300 digits
 MAX_DEPTH = 20  # the deepest key of the schema lies five levels down
 OPENING = (
     marks.BlockMappingStartToken, marks.BlockSequenceStartToken, marks.FlowMappingStartToken,
@@ -44,8 +45,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     Raises UserError with the line for what YAML or the house refuses.
     """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "no such file"
+    if what := _no_file(path):
         raise UserError(f"recipe: {clean(str(path), 300)}: {what}; give the path of a YAML recipe")
     data = parse_yaml(_read_text(path), f"recipe: {clean(str(path), 300)}")
     if data is None:
@@ -53,6 +53,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"recipe: {path}: holds {_kind(data)}, not keys; start with `name: ...`")
     return data
+
+
+def _no_file(path: Path) -> str:
+    """Why a path is no regular file; empty where it is one."""
+    try:
+        if path.is_file():
+            return ""
+        return "is a folder" if path.is_dir() else "is a pipe or device" if path.exists() else "no such file"
+    except OSError as error:  # a name too long for the system
+        return error.strerror or str(error)
 
 
 def _read_text(path: Path) -> str:
@@ -86,11 +96,14 @@ def parse_yaml(text: str, origin: str) -> Any:
 
 def _refuse(text: str, origin: str) -> None:
     """Aliases can expand without bound and depth exhausts the parser's stack, so both are stopped while scanning."""
-    depth = 0
+    depth, key = 0, False
     for token in YAML(typ="safe", pure=True).scan(io.StringIO(text)):
         place = f"{origin}:{token.start_mark.line + 1}"
         if type(token) in REFUSED:
             raise UserError(f"{place}: YAML {REFUSED[type(token)]}")
+        if key and isinstance(token, marks.ScalarToken) and token.value == "<<" and token.plain:
+            raise UserError(f"{place}: `<<` merges keys in YAML 1.1 alone; write the keys out")
+        key = isinstance(token, marks.KeyToken)
         depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
         if depth > MAX_DEPTH:
             raise UserError(f"{place}: nested more than {MAX_DEPTH} deep; no key of a recipe is, mend the brackets")
@@ -101,7 +114,8 @@ def _kind(value: Any) -> str:
 
 
 def odd_values(data: Any, path: Key = ()) -> Iterator[Problem]:
-    """Problems with what no key may hold: keys that are not text, numbers that are not finite, broken characters."""
+    """Problems with what no key may hold: keys that are not text, numbers that are not finite or
+    immense, broken characters."""
     if isinstance(data, dict):
         for key, value in data.items():
             if not isinstance(key, str):
@@ -110,6 +124,8 @@ def odd_values(data: Any, path: Key = ()) -> Iterator[Problem]:
     elif isinstance(data, list):
         for index, value in enumerate(data):
             yield from odd_values(value, (*path, index))
+    elif isinstance(data, int) and data.bit_length() > MOST_BITS:
+        yield Problem(path, ABSENT, f"a number of {data.bit_length()} bits; no key holds more than {MOST_BITS}")
     elif isinstance(data, float) and not math.isfinite(data):
         yield Problem(path, data, "must be a finite number")
     elif isinstance(data, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in data):

@@ -67,9 +67,9 @@ def _load(model: Model) -> Any:
 def read_template(path: str) -> str:
     """The chat template in a file. Raises UserError where it is missing, not UTF-8, empty or over 64 KiB."""
     file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"model.chat_template: {path}: no such file; give the path of a Jinja template")
     try:
+        if not file.is_file():
+            raise UserError(f"model.chat_template: {path!r}: no such file; give the path of a Jinja template")
         with file.open("rb") as stream:
             data = stream.read(MAX_TEMPLATE_BYTES + 1)
         text = data.decode("utf-8-sig")
