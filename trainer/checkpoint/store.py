@@ -111,11 +111,11 @@ def publish(
     store: Store, step: int, make: Callable[[], Content], world: World, state: dict[str, Any], shadows: list[str]
 ) -> Path:
     """The acts of a save; `make` gives this rank's content, and where it raises all ranks raise. See `save`."""
-    fail_point("before", step=step)
     target, mine = store.folder / step_name(step), shard_name(world.rank, world.size)
     made: list[Content] = []
 
     def describe() -> dict[str, Any]:
+        fail_point("before", step=step)
         made.append(make())
         layout = made[0].file.layout
         return {"file": mine, "size": layout.size, "held": layout.held(), "counters": made[0].counters}
@@ -128,11 +128,19 @@ def publish(
         return _stage(store, target, plan[0])
 
     staging = store.folder / agreed(world, lambda: stage() if world.is_main else "")[0]
-    try:
+
+    def write() -> dict[str, Any]:
         fail_point("staged", step=step)
-        records = agreed(world, lambda: made[0].file.write(staging / mine))
+        return made[0].file.write(staging / mine)
+
+    def finish() -> None:
         fail_point("shards", step=step)
-        agreed(world, lambda: _publish(store, staging, target, plan[0], records) if world.is_main else None)
+        if world.is_main:
+            _publish(store, staging, target, plan[0], records)
+
+    try:
+        records = agreed(world, write)
+        agreed(world, finish)
     except Exception:
         if world.is_main:
             remove_folder(staging)
