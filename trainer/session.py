@@ -7,9 +7,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from trainer.model.files import base_digest
 from trainer.model.load import DTYPES
 from trainer.model.probes import verify_trainee
 from trainer.optim import scaled_lr
-from trainer.run import Run, check_output, write_recipe
+from trainer.run import Run, check_facts, check_output, write_recipe
 from trainer.tracking import Tracker, open_run, read_run
 from trainer.world import World, connected, environment_world
 
@@ -54,8 +54,13 @@ def preflight(recipe: Recipe) -> None:
 class Standing:
     """What the run's folder holds already: nothing, this run, or this run under a recipe that has changed since."""
 
-    complete: bool = False
+    record: Mapping[str, Any] = field(default_factory=dict)  # the run's own
     changes: tuple[Change, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run came to its end."""
+        return self.record.get("status") == "complete"
 
     @property
     def nothing_to_do(self) -> bool:
@@ -72,7 +77,7 @@ def standing(recipe: Recipe, *, fresh: bool = False, allow_data_change: bool = F
     if (folder / "recipe.yaml").exists():
         found = changes(load_recipe(folder / "recipe.yaml"), recipe)
         check_changes(found, recipe.output, allow_data_change)
-    return Standing(read_run(folder).get("status") == "complete", tuple(found))
+    return Standing(read_run(folder), tuple(found))
 
 
 @contextmanager
@@ -92,11 +97,13 @@ def open_session(
     sources = prepare(recipe, tokenizer=tokenizer)
     evaluator = Evaluator(recipe, sources, tokenizer, world, folder)
     evaluator.check()
+    if before.record:
+        check_facts(recipe, before.record, run_facts(recipe, tokenizer, sources), allow_data_change)
     kind = engine_kind(recipe.engine, world.size)
     phase("load")
     with connected(world, alone=kind == "deepspeed"), held(folder, world, fresh=fresh) as lease:
         trainee = build_trainee(recipe, tokenizer.pad_token_id)
-        facts = run_facts(recipe, trainee, tokenizer, sources)
+        facts = run_facts(recipe, tokenizer, sources)
         total, trainable = parameter_counts(trainee)
         packed = [packs(trainee, stage.batch.packing) for stage in recipe.stages]
         if world.is_main:
@@ -159,7 +166,7 @@ def recorded_changes(folder: Path, before: Standing, allow_data_change: bool) ->
     return history
 
 
-def run_facts(recipe: Recipe, trainee: Any, tokenizer: Any, sources: Prepared) -> dict[str, Any]:
+def run_facts(recipe: Recipe, tokenizer: Any, sources: Prepared) -> dict[str, Any]:
     """What a checkpoint must agree with to be resumed: base model, data, recipe."""
     dump = recipe.model_dump(mode="json")
     for key in (*RUNTIME_KEYS, "output"):
