@@ -55,6 +55,7 @@ def _all(recipe: Recipe) -> Iterator[Problem]:
         yield from _suite(recipe, suite, ("evaluation", "suites", index))
     yield from _evaluation(recipe)
     yield from _watched(recipe)
+    yield from _retention(recipe)
 
 
 def unread(section: BaseModel, key: Key, readers: dict[str, str], chosen: str, selector: str) -> Iterator[Problem]:
@@ -236,6 +237,23 @@ def _watched(recipe: Recipe) -> Iterator[Problem]:
                 yield Problem(key, metric, "no suite gives it; add a suite, or name a metric that one gives")
             elif not any(suite.every or recipe.evaluation.every for suite in giving):
                 yield Problem(key, metric, f"suite `{giving[0].name}` runs only at the end; set `evaluation.every`")
+
+
+def _retention(recipe: Recipe) -> Iterator[Problem]:
+    checkpoint = recipe.checkpoint
+    named = checkpoint.metric != type(checkpoint).model_fields["metric"].get_default()
+    if (checkpoint.keep_best or named) and not any(gives(s, checkpoint.metric) for s in recipe.evaluation.suites):
+        remedy = "no suite gives it; add a suite, or name a metric that one gives"
+        yield Problem(("checkpoint", "metric"), checkpoint.metric, remedy)
+    if checkpoint.keep_every and not checkpoint.every:
+        yield Problem(("checkpoint", "keep_every"), checkpoint.keep_every, "only read with `every`; set that")
+    elif checkpoint.keep_every and checkpoint.every and checkpoint.keep_every % checkpoint.every:
+        remedy = f"no multiple of `every: {checkpoint.every}`, so few of those steps are saved; make it one"
+        yield Problem(("checkpoint", "keep_every"), checkpoint.keep_every, remedy)
+    for field in ("asynchronous", "failure_limit"):
+        value = getattr(checkpoint, field)
+        if not checkpoint.every and value != type(checkpoint).model_fields[field].get_default():
+            yield Problem(("checkpoint", field), value, "only read with `every`; set that or remove the key")
 
 
 def gives(suite: Suite, metric: str) -> bool:
