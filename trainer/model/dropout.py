@@ -45,8 +45,8 @@ def verify_dropout(network: Any, settings: Model, device: torch.device) -> None:
 
 @contextmanager
 def _silenced(network: Any, kind: str) -> Iterator[None]:
-    """One kind of dropout off for a while, `attention` or `hidden`, and that of adapters, in every form it takes: layers,
-    probabilities that modules and the configuration keep, hooks."""
+    """One kind of dropout off for a while, `attention` or `hidden`, and that of adapters, in every form it takes:
+    layers, probabilities that modules and the configuration keep, hooks."""
     places: list[tuple[Any, str]] = []
     for name, module in network.named_modules():
         if isinstance(module, nn.Dropout) and (_is_attention(name) == (kind == "attention") or _is_adapter(name)):
