@@ -56,6 +56,7 @@ def _all(recipe: Recipe) -> Iterator[Problem]:
     yield from _evaluation(recipe)
     yield from _watched(recipe)
     yield from _retention(recipe)
+    yield from _guarded(recipe)
 
 
 def unread(section: BaseModel, key: Key, readers: dict[str, str], chosen: str, selector: str) -> Iterator[Problem]:
@@ -263,3 +264,19 @@ def gives(suite: Suite, metric: str) -> bool:
         return False
     names = {"loss": ["loss", "perplexity"], "classify": ["loss", *(suite.metrics or ["accuracy", "macro_f1"])]}
     return name in names.get(suite.kind, suite.metrics)
+
+
+def _guarded(recipe: Recipe) -> Iterator[Problem]:
+    spike = recipe.guard.spike
+    readers = dict.fromkeys(("deviations", "window"), "warn, skip, rollback")
+    yield from unread(spike, ("guard", "spike"), readers, spike.policy, "policy")
+    if spike.policy == "rollback" and not recipe.checkpoint.every:
+        remedy = "goes back to a checkpoint; set `checkpoint.every`, or use `skip`"
+        yield Problem(("guard", "spike", "policy"), spike.policy, remedy)
+    if recipe.guard.replica_check and recipe.engine.kind == "single":
+        remedy = "one process holds no copies; remove it, or change `engine.kind`"
+        yield Problem(("guard", "replica_check"), recipe.guard.replica_check, remedy)
+    if recipe.ema.evaluate and recipe.ema.decay is None:
+        yield Problem(("ema", "evaluate"), True, "there is no average; set `ema.decay`, e.g. 0.999")
+    elif recipe.ema.evaluate and not recipe.evaluation.suites:
+        yield Problem(("ema", "evaluate"), True, "there is no suite; add one, or remove the key")
