@@ -137,7 +137,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"guard": {"spike": {"policy": "rollback"}}}, "guard.spike.policy: 'rollback':", "set `checkpoint.every`"),
     ({"guard": {"replica_check": 5}, "engine": {"kind": "single"}}, "guard.replica_check: 5:", "holds no copies"),
     ({"ema": {"evaluate": True}}, "ema.evaluate: true:", "set `ema.decay`"),
-    ({"ema": {"evaluate": True, "decay": 0.9}}, "ema.evaluate: true:", "there is no suite"),
+    (
+        {"ema": {"evaluate": True, "decay": 0.9}, "evaluation": {"suites": []}},
+        "ema.evaluate: true:",
+        "there is no suite",
+    ),
     ({"checkpoint": {"failure_limit": 5}}, "checkpoint.failure_limit: 5:", "only read with `every`"),
     ({"batch": {"tokens": 64}}, "batch.tokens: 64:", "set one to null"),
     ({"batch": {"micro_tokens": 64}}, "batch.micro_tokens: 64:", "max_length 256"),
