@@ -79,22 +79,25 @@ def judge(
     """
     if completed:
         return Outcome("complete")
-    failed = sorted((e for e in endings if not e.killed and e.code not in (0, STOPPED)), key=_precedence)
+    stopped = bool(stop) or any(e.code == STOPPED for e in endings)
+    # a rank that is leaving already has no handlers any more: a second signal ends it, and that is no failure
+    ends = {0, STOPPED, *(-number for number in STOP_SIGNALS if stopped)}
+    failed = sorted((e for e in endings if not e.killed and e.code not in ends), key=_precedence)
     if hung is not None:
         outcome = Outcome("failed", hung.reason, hung.ranks[0])
         return Outcome("preempted", f"{stop}, but {hung.reason}") if stop else outcome
     if not failed:
-        saved = any(e.code == STOPPED for e in endings) or any(e.killed for e in endings)
-        if saved or already:
-            return Outcome("preempted", stop) if saved else Outcome("complete")
+        if stopped and any(e.code or e.killed for e in endings):
+            return Outcome("preempted", stop)
+        if already:
+            return Outcome("complete")
         return Outcome("failed", "all ranks left with exit code 0, but the run's record does not say `complete`", 0)
     first = failed[0]
     reason = explain(first, out_of_memory)
     if first.code == REFUSED:
         return Outcome("refused", first.told or reason, first.rank)
     if stop and (first.code < 0 or first.code == INTERRUPTED or first.place.get("section", "start") in STARTING):
-        early = -first.code in STOP_SIGNALS or first.code == INTERRUPTED
-        return Outcome("preempted", stop if early else f"{stop}; {reason}", first.rank)
+        return Outcome("preempted", stop if first.code == INTERRUPTED else f"{stop}; {reason}", first.rank)
     return Outcome("failed", reason, first.rank)
 
 

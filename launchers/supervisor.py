@@ -163,15 +163,17 @@ class Supervisor:
         told, ours, end, stop_end = False, set[int](), float("inf"), float("inf")
         while True:
             for ended in ranks.poll():
-                if ended.code == STOPPED and not self.stop.number:
-                    ranks.signal(signal.SIGTERM)  # one rank was told to stop before it could tell the others
-                elif ended.code and watch.place(ended.rank)["section"] != "finish":
+                if ended.code == STOPPED:  # it may have been told to stop before it could tell the others
+                    starting = [rank for rank in ranks.alive if watch.place(rank)["section"] in STARTING]
+                    ranks.signal(signal.SIGTERM, starting)
+                    stop_end = min(stop_end, time.monotonic() + STARTING_STOP)
+                if watch.place(ended.rank)["section"] != "finish":  # the others cannot go on without it
                     end = min(end, time.monotonic() + (AFTER_SIGNAL if ended.code < 0 else AFTER_ERROR))
             if not ranks.alive:
                 return ours, None
             now = time.monotonic()
             if self.stop.number and not told:
-                told, stop_end = True, now + STARTING_STOP
+                told, stop_end = True, min(stop_end, now + STARTING_STOP)
                 ranks.signal(self.stop.number if self.stop.number != signal.SIGHUP else signal.SIGTERM)
             doomed = ranks.alive if now >= end else self._nothing_to_save(ranks, watch, now, stop_end)
             if doomed:
@@ -189,7 +191,7 @@ class Supervisor:
         """Ranks that were told to stop and have not done so in time, in C code that no signal breaks into."""
         if now < stop_end:
             return []
-        if self.launch.hang_seconds <= 0 and now > stop_end + LONGEST_STOP:
+        if self.stop.number and self.launch.hang_seconds <= 0 and now > stop_end + LONGEST_STOP:
             return ranks.alive
         return [rank for rank in ranks.alive if watch.place(rank)["section"] in STARTING]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,12 @@ class Watch:
         if now - self._looked > ABSENT:
             self._since = now
         self._looked = now
-        if not hanging(self._views(now), self.hang_seconds):
+        views = [self._view(rank, now) for rank in self.ranks.alive]
+        if not hanging(views, self.hang_seconds):
             return None
-        states = {rank: process_state(self.ranks.pid(rank)) for rank in self.ranks.alive}
-        self.write_stacks()
-        views = self._views(now, states, frames=True)  # states from before the stacks: a stopped process goes on now
-        return attribute(views, self.hang_seconds)
+        views = [replace(view, state=process_state(self.ranks.pid(view.rank))) for view in views]
+        self.write_stacks()  # a stopped process goes on with that: what it tells from now on is no evidence
+        return attribute([replace(view, frames=self._frames(view.rank)) for view in views], self.hang_seconds)
 
     def write_stacks(self) -> None:
         """Have every living rank that beats write its Python stacks into the attempt's folder; waits until it has.
@@ -72,19 +73,14 @@ class Watch:
                 return
             time.sleep(0.1)
 
-    def _views(self, now: float, states: dict[int, str] | None = None, frames: bool = False) -> list[View]:
-        views = []
-        for rank in self.ranks.alive:
-            place = self.place(rank)
-            idle = now - max(float(place.get("time", 0.0)), self._since)
-            found = main_thread(_text(stacks_path(self.ranks.logs, rank))) if frames else ()
-            views.append(View(rank, place, idle, (states or {}).get(rank, ""), found))
-        return views
+    def _view(self, rank: int, now: float) -> View:
+        place = self.place(rank)
+        return View(rank, place, now - max(float(place.get("time", 0.0)), self._since))
+
+    def _frames(self, rank: int) -> tuple[str, ...]:
+        path = stacks_path(self.ranks.logs, rank)
+        return main_thread(path.read_text(errors="replace")) if path.exists() else ()
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _text(path: Path) -> str:
-    return path.read_text(errors="replace") if path.exists() else ""
