@@ -138,7 +138,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"guard": {"replica_check": 5}, "engine": {"kind": "single"}}, "guard.replica_check: 5:", "holds no copies"),
     ({"ema": {"evaluate": True}}, "ema.evaluate: true:", "set `ema.decay`"),
     (
-        {"ema": {"evaluate": True, "decay": 0.9}, "evaluation": {"suites": []}},
+        {"ema": {"evaluate": True, "decay": 0.9}, "evaluation": {"suites": []}, "mixture": {"tickets": 1.0}},
         "ema.evaluate: true:",
         "there is no suite",
     ),
