@@ -252,6 +252,21 @@ def test_offload_moves_the_state_to_the_host(folder: Path) -> None:
     assert found.total < sum(found.host.values()) + sum(found.parts.values())
 
 
+def test_a_save_in_the_background_needs_a_copy_in_host_memory(folder: Path) -> None:
+    facts = model_facts(recipe_for(folder, {"method": "full"}).model)
+    name, copied = "copy that a save in the background writes", (4 + 8) * facts.parameters
+    saving = recipe_for(folder, {"method": "full"}, checkpoint={"every": 10})
+    assert estimate(saving, facts).host == {name: copied}
+    assert estimate(saving, facts).loading == estimate(recipe_for(folder, {"method": "full"}), facts).loading > 0
+    assert (
+        estimate(saving, facts, device="cpu").parts[name] == copied and not estimate(saving, facts, device="cpu").host
+    )
+    offloaded = recipe_for(folder, {"method": "full"}, engine={"cpu_offload": True}, checkpoint={"every": 10})
+    assert estimate(offloaded, facts, 2).host[name] == copied // 2
+    for checkpoint in ({}, {"every": 10, "asynchronous": False}):
+        assert not estimate(recipe_for(folder, {"method": "full"}, checkpoint=checkpoint), facts).host
+
+
 def test_what_saves_memory_saves_it(folder: Path) -> None:
     def total(tuning: dict[str, Any], **more: Any) -> int:
         recipe = recipe_for(folder, tuning, **more)

