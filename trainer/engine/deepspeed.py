@@ -14,9 +14,11 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from trainer.config import UserError
@@ -46,15 +48,17 @@ class DeepSpeedEngine:
         config = read_config(engine.config)
         self.stage: int = config["zero_optimization"]["stage"]
         self._trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        masters = {name: p.data for name, p in self._trainable} if dtype != torch.float32 else {}
-        self._deepspeed = initialize(model, config | _ours(self.stage, dtype), self._trainable)
+        masters = lower(model, dtype)
+        self._deepspeed = initialize(model, config | _ours(self.stage, dtype), self._trainable, world)
         self._zero = self._deepspeed.optimizer
         self._partitions = partitions(self._zero, {id(p): name for name, p in self._trainable})
         self.configure(settings, lr)
-        for slot in self.slots() if masters else ():  # DeepSpeed made its masters from the parameters it had rounded
+        for slot in self.slots():  # DeepSpeed made its masters from the lowered parameters
             for piece in slot.pieces:
-                whole = masters[piece.name].reshape(-1)
-                slot.value(piece).copy_(whole[piece.start : piece.start + piece.numel])
+                if piece.name in masters:
+                    start, values = masters[piece.name]
+                    first = piece.start - start
+                    slot.value(piece).copy_(values[first : first + piece.numel])
 
     def configure(self, settings: Optimizer, lr: float) -> None:
         """New optimizers with fresh state, as a stage with its own settings needs them."""
@@ -126,10 +130,11 @@ def _ours(stage: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def initialize(model: Trainee, config: dict[str, Any], trainable: list[tuple[str, torch.nn.Parameter]]) -> Any:
+def initialize(
+    model: Trainee, config: dict[str, Any], trainable: list[tuple[str, torch.nn.Parameter]], world: World
+) -> Any:
     """DeepSpeed's engine over the model, in place, in the process group that is there."""
-    deepspeed = load_deepspeed()
-    _adopt_process_group(deepspeed)
+    deepspeed = load_deepspeed(world)
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trainable}
     # Its groups say how parameters are laid end to end: by whether they decay. It is never stepped.
     layout = torch.optim.SGD(parameter_groups(list(trainable), shapes, 0.0), lr=0.0)
@@ -144,7 +149,41 @@ def initialize(model: Trainee, config: dict[str, Any], trainable: list[tuple[str
     return engine
 
 
-def load_deepspeed() -> Any:
+def lower(model: Trainee, dtype: torch.dtype) -> dict[str, tuple[int, Tensor]]:
+    """Cast the floating parameters to the compute dtype, in place, those already partitioned too.
+
+    Returns the fp32 values of what trains, {name: (first element held, values 1-D)}: they stay the masters' values.
+    """
+    masters = {}
+    for name, parameter in model.named_parameters():
+        held = getattr(parameter, "ds_tensor", parameter)
+        if held.dtype == dtype or held.dtype not in (torch.float32, torch.bfloat16):
+            continue
+        if parameter.requires_grad:
+            rank = dist.get_rank(parameter.ds_process_group) if held is not parameter else 0
+            masters[name] = rank * held.numel(), held.data.view(-1)
+        held.data = held.data.to(dtype)
+        if held is not parameter:
+            parameter.data = parameter.data.to(dtype)  # empty: what it is gathered into takes this dtype
+    return masters
+
+
+@contextmanager
+def sharded_loading(settings: EngineSettings, dtype: torch.dtype, world: World) -> Iterator[None]:
+    """While a base model is loaded under stage 3: each parameter is partitioned as soon as it is there, and rank 0
+    reads the files (mapped, not held) for all. `dtype`: of the weights as loaded.
+    """
+    config = read_config(settings.config)
+    load_deepspeed(world)
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # transformers looks for this object, and knows of it as long as it lives
+    known = HfDeepSpeedConfig(config | _ours(3, dtype))
+    yield
+    del known
+
+
+def load_deepspeed(world: World) -> Any:
     """The package, quiet unless TUNESMITH_LOG asks, on the CPU where there is no GPU. Raises UserError without it."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -156,11 +195,12 @@ def load_deepspeed() -> Any:
         ) from error
     from deepspeed.utils import logger
 
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it asks for it even where no launcher was
     warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)  # its own calls
     level = os.environ.get("TUNESMITH_LOG", "ERROR")
     for target in (logger, *logger.handlers):
         target.setLevel(level)
-    logging.getLogger("deepspeed").setLevel(level)
+    _adopt_process_group(deepspeed)
     return deepspeed
 
 
@@ -173,5 +213,9 @@ def _adopt_process_group(deepspeed: Any) -> None:
     from deepspeed.utils import groups
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if comm.cdb is not None and groups._WORLD_GROUP in dist.distributed_c10d._world.pg_map:
+        return
     groups._release_process_group_references()
     comm.cdb = None
+    deepspeed.init_distributed()
+    groups._clone_world_group()
