@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from trainer.config.memory import estimate
 from trainer.config.model_facts import ModelFacts, UnknownModel, check_gguf, model_facts
 from trainer.config.model_files import check_model_folder
 from trainer.data.tokenizer import read_template
+from trainer.tracking.redact import known_secrets, published
 
 FEW_TARGETS = 0.01  # share of supervised tokens below which most of the compute is prompt
 MUCH_CUT = 0.1  # share of truncated rows above which max_length is the first suspect
@@ -53,8 +55,22 @@ def check_recipe(recipe: Recipe, data: bool) -> dict[str, Any]:
 # ---------------------------------------------------------------- what is there
 
 
+def check_secrets(data: Any, key: str = "") -> None:
+    """Raise UserError where a value of the recipe is a secret: the recipe is copied, printed and sent to trackers."""
+    if isinstance(data, dict | list):
+        for name, value in data.items() if isinstance(data, dict) else enumerate(data):
+            check_secrets(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(data, str) and published(data, known_secrets(os.environ)):
+        raise UserError(
+            f"{key}: holds a secret, and a recipe is copied into the run's records; take it out and leave it to the "
+            "environment (HF_TOKEN, WANDB_API_KEY)"
+        )
+
+
 def check_paths(recipe: Recipe) -> None:
-    """Raise UserError for a local model, template or source that is not there. Hub ids are left to the hub."""
+    """Raise UserError for a local model, template or source that is not there, and for secrets. Hub ids are left to the
+    hub."""
+    check_secrets(recipe.model_dump(mode="json"))
     model = recipe.model
     if is_local(model.path):
         path = Path(model.path).expanduser()

@@ -259,6 +259,9 @@ def demo(
 
 def main() -> None:
     """Run a verb; errors become one line and an exit code."""
+    from trainer.tracking.streams import keep_secrets
+
+    keep_secrets(debug="--debug" in sys.argv)
     logging.basicConfig(level=os.environ.get("TUNESMITH_LOG", "WARNING"), format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells every CPU run of kernels it could not download
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks transformers the old way
@@ -278,11 +281,14 @@ def main() -> None:
 
 
 def _fail(error: BaseException, code: int) -> None:
+    from trainer.tracking.redact import known_secrets, redact
+
     if os.environ.get("TUNESMITH_DEBUG"):
         traceback.print_exception(error)
     message = str(error) or type(error).__name__
     known = hasattr(error, "exit_code")
     text = message if known else f"{type(error).__name__}: {message.splitlines()[0]} (--debug shows the traceback)"
+    text = redact(text, known_secrets(os.environ))  # the heartbeat's file holds it too
     heartbeat.ended(text)
     print(f"tunesmith: error: {text}", file=sys.stderr, flush=True)
     sys.exit(code)

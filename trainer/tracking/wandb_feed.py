@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import trainer
-from trainer.tracking.redact import known_secrets, redact
+from trainer.tracking.redact import is_secret_key, known_secrets, redact
 from trainer.tracking.run_record import replace_file
 
 MODES = ("off", "offline", "online")
@@ -50,7 +50,8 @@ def start(
     folder = folder.resolve()
     (folder / STATE_NAME).parent.mkdir(parents=True, exist_ok=True)
     replace_file(folder / CONFIG_NAME, json.dumps(redact(dict(config or {}), known_secrets(os.environ)), default=str))
-    command = [sys.executable, "-m", "trainer.tracking.wandb_process", str(folder)]
+    # -P: nothing is imported from the folder that the run happens to be started in
+    command = [sys.executable, "-P", "-m", "trainer.tracking.wandb_process", str(folder)]
     command += ["--mode", mode, "--project", project, "--name", run_name, "--id", run_id]
     package_parent = str(Path(trainer.__file__).resolve().parents[1])
     python_path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
@@ -60,10 +61,15 @@ def start(
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **_CHILD_ENVIRONMENT, "PYTHONPATH": python_path},
+            env={**_own_environment(), **_CHILD_ENVIRONMENT, "PYTHONPATH": python_path},
             start_new_session=True,  # Ctrl-C and launchers' signals are for the run; the feed ends when the run does
         )
     return Feed(folder, process)
+
+
+def _own_environment() -> dict[str, str]:
+    """The environment without the secrets of others: wandb needs its own alone."""
+    return {name: value for name, value in os.environ.items() if name.startswith("WANDB_") or not is_secret_key(name)}
 
 
 class Feed:
