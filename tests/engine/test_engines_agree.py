@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,14 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "full": (2, "full", {}),
     "lora-checkpointed": (2, "lora", {"activation_checkpointing": True}),
     "last-layers-kept": (2, "last-layers", {"reshard_after_forward": False}),
-    "full-offloaded-4": (4, "full", {"cpu_offload": True}),
+    "full-offloaded": (2, "full", {"cpu_offload": True}),
+    "full-replicated": (2, "full", {"shard_size": 1}),
+    "full-checkpointed-ahead": (2, "full", {"activation_checkpointing": True, "prefetch": 2}),
+    "full-4": (4, "full", {}),
     "lora-4": (4, "lora", {}),
+    "full-hybrid-4": (4, "full", {"shard_size": 2}),
+    "lora-hybrid-4": (4, "lora", {"shard_size": 2, "prefetch": 2, "activation_checkpointing": True}),
+    "full-hybrid-offloaded-4": (4, "full", {"shard_size": 2, "cpu_offload": True, "reshard_after_forward": False}),
 }
 
 
@@ -117,16 +124,23 @@ def distributed(rank: int, size: int, out: str) -> None:
                 model, Optimizer(lr=1e-2, clip=0.5, weight_decay=0.1), 1e-2, settings, torch.float32, world
             )
             result = walk(engine, world) | {"parameters": whole_parameters(engine, world)}
+            result["replicas"] = world.gather([[replica.name, replica.ranks] for replica in engine.replicas()])
+            result["written"] = world.gather([engine.writes(slot) for slot in engine.slots()])
             if world.is_main:
                 Path(out, f"{name}.json").write_text(json.dumps(result))
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """What a case gave; all cases of as many processes run when the first is asked for."""
     folder = tmp_path_factory.mktemp("engines")
-    for size in sorted({size for size, _, _ in CASES.values()}):
-        run_ranks(size, distributed, size, str(folder))
-    return {name: json.loads((folder / f"{name}.json").read_text()) for name in CASES}
+
+    def result(name: str) -> dict[str, Any]:
+        if not (folder / f"{name}.json").exists():
+            run_ranks(CASES[name][0], distributed, CASES[name][0], str(folder))
+        return json.loads((folder / f"{name}.json").read_text())
+
+    return result
 
 
 def reference(method: str) -> dict[str, Any]:
@@ -135,15 +149,30 @@ def reference(method: str) -> dict[str, Any]:
     return result | {"parameters": whole_parameters(engine, World())}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_fsdp2_gives_the_single_process_numbers(name: str, results: dict[str, Any]) -> None:
-    result, expected = results[name], reference(CASES[name][1])
+def marked(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] if CASES[name][0] > 2 else []) for name in names]
+
+
+@pytest.mark.parametrize("name", marked(*CASES))
+def test_fsdp2_gives_the_single_process_numbers(name: str, results: Callable[[str], dict[str, Any]]) -> None:
+    result, expected = results(name), reference(CASES[name][1])
     assert result["losses"] == pytest.approx(expected["losses"], rel=1e-6)
     assert result["norms"] == pytest.approx(expected["norms"], rel=1e-5)
     assert max(expected["norms"]) > 0.5  # clipping was at work
     assert result["parameters"].keys() == expected["parameters"].keys()
     for key, values in expected["parameters"].items():
         assert result["parameters"][key] == pytest.approx(values, abs=1e-5), key
+
+
+@pytest.mark.parametrize("name", marked("full", "full-replicated", "full-hybrid-4"))
+def test_of_replicas_the_first_writes_and_each_knows_who_holds_a_copy(
+    name: str, results: Callable[[str], dict[str, Any]]
+) -> None:
+    result = results(name)
+    holders = {"full": [[], []], "full-replicated": [[0, 1]] * 2, "full-hybrid-4": [[0, 2], [1, 3]] * 2}[name]
+    for rank, ranks in enumerate(holders):
+        assert set(result["written"][rank]) == {not ranks or ranks[0] == rank}
+        assert result["replicas"][rank] == [[key, ranks] for key in result["parameters"] if ranks]
 
 
 def test_a_nonfinite_gradient_changes_nothing() -> None:

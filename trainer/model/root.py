@@ -7,7 +7,7 @@ that. So whatever touches the head's weight is a `readout` that the root calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,13 @@ Readout = Callable[[Tensor, nn.Module], Result]
 """(selected hidden states (targets, width), head) -> anything; called inside the root's forward."""
 
 
+class Unread(Protocol):
+    """Where the values of a parameter wait that no rank holds yet."""
+
+    def read(self, part: Tensor, start: int) -> None:
+        """Fill `part`, 1-D and contiguous, with the elements of the flattened parameter from `start` on."""
+
+
 class Trainee(nn.Module):
     """A Hugging Face network (or its PeftModel) with one forward for training and evaluation."""
 
@@ -28,6 +35,7 @@ class Trainee(nn.Module):
         base = getattr(network, "get_base_model", lambda: network)()
         self.config: Any = base.config
         self.device_type = "cpu"
+        self.unread: dict[str, Unread] = {}  # by parameter name; the engine reads its own part of each
         self.classifies = not hasattr(base, "lm_head") and hasattr(self.config, "num_labels") and _has_class_head(base)
         self.encoder = self.classifies and not hasattr(base, "score")
 
@@ -47,6 +55,10 @@ class Trainee(nn.Module):
         if self.encoder:
             return nn.Identity()
         return self.base.score if self.classifies else self.base.get_output_embeddings()
+
+    def waiting(self) -> list[nn.Parameter]:
+        """The parameters whose values are still `unread`."""
+        return [parameter for name, parameter in self.named_parameters() if name in self.unread]
 
     def forward(self, batch: Batch, readout: Readout[Result]) -> Result:
         """`readout` of the hidden states (targets, width) at `batch.target_index` and the head."""
