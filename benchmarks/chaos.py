@@ -8,7 +8,7 @@ and victim. A loop that starts the same command again when it ended with 1 or 75
 Ended is it with 0 only.
 
 Printed last: faults by kind, restarts, the effective training time ratio (seconds of the steps that count, each step
-once, and of its evaluation and saving in the calm run, over the wall time of the disturbed one), recovery times (fault
+once, over the wall time of the disturbed run), recovery times (fault
 to the next new step, over the faults that ended processes), and whether losses, ledger, parameters and moments equal
 the calm run's bit for bit. A row goes to benchmarks/results/chaos.csv.
 """
@@ -47,7 +47,7 @@ from trainer.tracking import read_rows, read_run  # noqa: E402
 
 COLUMNS = (
     "when", "device", "engine", "ranks", "seed", "steps", "every", "mean_seconds", "faults", "kinds", "restarts",
-    "starts", "calm_seconds", "chaos_seconds", "ratio", "recovery_p50", "recovery_p95", "equal", "by_kind", "versions",
+    "starts", "chaos_seconds", "ratio", "recovery_p50", "recovery_p95", "equal", "by_kind", "versions",
 )  # fmt: skip
 PROBE_STEPS = 60
 
@@ -253,25 +253,34 @@ def main() -> None:
     parser.add_argument("--hang-seconds", type=float, default=15.0)
     parser.add_argument("--seed", type=int, default=17)
     parser.add_argument("--engine", default="fsdp2", choices=["fsdp2", "deepspeed"])
+    parser.add_argument(
+        "--folder", type=Path, help="keeps model, data and calm run for another soak; default: none kept"
+    )
+    parser.add_argument("--steps", type=int, help="instead of --minutes, which are turned into steps by a probe")
+    parser.add_argument("--calm-only", action="store_true", help="make the calm run in --folder and end")
     parser.add_argument("--every-seconds", type=float, default=5.0, help="between checkpoints, about")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as name:
-        root, disk = Path(name), Path(name) / "disk"
-        disk.mkdir()
+        root = (arguments.folder or Path(name)).absolute()
+        disk = root / "disk"
+        disk.mkdir(parents=True, exist_ok=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(disk)], check=True)
         try:
-            report(arguments, *run_both(arguments, root, disk))
+            found = run_both(arguments, root, disk)
+            if not arguments.calm_only:
+                report(arguments, *found)
         finally:
             subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
-def run_both(arguments: argparse.Namespace, root: Path, disk: Path) -> tuple[dict[str, Any], float, Path, Path]:
+def run_both(arguments: argparse.Namespace, root: Path, disk: Path) -> tuple[dict[str, Any], Path, Path]:
     """A probe for the time of a step, the calm run, the disturbed run."""
-    model = root / "model"
-    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(model)
-    byte_tokenizer().save_pretrained(model)
-    data = write_chats(root / "chats.jsonl", 400)
+    model, data = root / "model", root / "chats.jsonl"
+    if not data.exists():
+        tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(model)
+        byte_tokenizer().save_pretrained(model)
+        write_chats(data, 400)
     engine = {"kind": arguments.engine} | ({"config": "zero2"} if arguments.engine == "deepspeed" else {})
 
     def recipe(folder: Path, steps: int, every: int) -> dict[str, Any]:
@@ -280,20 +289,22 @@ def run_both(arguments: argparse.Namespace, root: Path, disk: Path) -> tuple[dic
         saving = {"every": every, "failure_limit": 50}
         return recipe_for(folder, model, data, until=until, batch=batch, checkpoint=saving, engine=engine)
 
-    calm(recipe(root / "probe", PROBE_STEPS, 20), root)
+    if not (root / "probe" / "run.json").exists():
+        calm(recipe(root / "probe", PROBE_STEPS, 20), root)
     seconds = statistics.median(row["seconds"] for row in read_rows(root / "probe") if row["kind"] == "step")
-    steps, every = int(arguments.minutes * 60 / seconds), max(1, int(arguments.every_seconds / seconds))
+    steps = arguments.steps or int(arguments.minutes * 60 / seconds)
+    every = max(1, int(arguments.every_seconds / seconds))
     print(f"step {seconds:.3f} s: {steps} steps, a checkpoint each {every}", flush=True)
-    calm_seconds = calm(recipe(root / "calm", steps, every), root)
+    calm_seconds = calm(recipe(root / f"calm-{arguments.engine}", steps, every), root)
     print(f"calm run: {calm_seconds:.0f} s", flush=True)
+    if arguments.calm_only:
+        return {}, root, root
     found = soak(recipe(disk / "chaos", steps, every), root, disk, arguments)
     found |= {"steps": steps, "every": every}
-    return found, calm_seconds, root / "calm", disk / "chaos"
+    return found, root / f"calm-{arguments.engine}", disk / "chaos"
 
 
-def report(
-    arguments: argparse.Namespace, found: dict[str, Any], calm_seconds: float, straight: Path, disturbed: Path
-) -> None:
+def report(arguments: argparse.Namespace, found: dict[str, Any], straight: Path, disturbed: Path) -> None:
     """Compare, print, and append the row."""
     first, second = outcome(straight), outcome(disturbed)
     equal = {"losses": first.losses == second.losses, "ledger": first.ledger == second.ledger}
@@ -315,7 +326,6 @@ def report(
         "kinds": len(by_kind),
         "restarts": read_run(disturbed)["restarts"],
         "starts": found["starts"],
-        "calm_seconds": round(calm_seconds),
         "chaos_seconds": round(found["seconds"]),
         "ratio": round(ratio, 3),
         "recovery_p50": round(quantile(times, 0.5), 1),
@@ -333,8 +343,7 @@ def report(
         writer.writerow(row)
     for kind, count in sorted(by_kind.items()):
         print(f"faults, {kind}: {count}")
-    print(f"calm run, productive share: {productive(straight) / calm_seconds:.3f}")
-    for name in ("faults", "restarts", "starts", "chaos_seconds", "calm_seconds"):
+    for name in ("faults", "restarts", "starts", "chaos_seconds"):
         print(f"{name}: {row[name]}")
     print(f"effective training time ratio: {row['ratio']}")
     print(f"recovery p50 seconds: {row['recovery_p50']}")
