@@ -14,7 +14,6 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,9 +46,12 @@ class DeepSpeedEngine:
         self.world = world
         config = read_config(engine.config)
         self.stage: int = config["zero_optimization"]["stage"]
+        config |= _ours(self.stage, dtype)
+        if model.unread:
+            read_partitions(model, config, world)
         self._trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         masters = lower(model, dtype)
-        self._deepspeed = initialize(model, config | _ours(self.stage, dtype), self._trainable, world)
+        self._deepspeed = initialize(model, config, self._trainable, world)
         self._zero = self._deepspeed.optimizer
         self._partitions = partitions(self._zero, {id(p): name for name, p in self._trainable})
         self.configure(settings, lr)
@@ -168,19 +170,21 @@ def lower(model: Trainee, dtype: torch.dtype) -> dict[str, tuple[int, Tensor]]:
     return masters
 
 
-@contextmanager
-def sharded_loading(settings: EngineSettings, dtype: torch.dtype, world: World) -> Iterator[None]:
-    """While a base model is loaded under stage 3: each parameter is partitioned as soon as it is there, and rank 0
-    reads the files (mapped, not held) for all. `dtype`: of the weights as loaded.
-    """
-    config = read_config(settings.config)
-    load_deepspeed(world)
-    from transformers.integrations import HfDeepSpeedConfig
-
-    # transformers looks for this object, and knows of it as long as it lives
-    known = HfDeepSpeedConfig(config | _ours(3, dtype))
-    yield
-    del known
+def read_partitions(model: Trainee, config: dict[str, Any], world: World) -> None:
+    """Partition the parameters whose values are still in files, and read this rank's part of each; stage 3."""
+    init = load_deepspeed(world).zero.Init(config_dict_or_path=config)
+    init._enable_mem_efficient_linear()  # as where it gets a whole model: no view keeps gathered weights alive
+    for name, parameter in model.named_parameters():
+        if name in model.unread:
+            parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=init.local_device)
+            init._convert_to_deepspeed_param(parameter)
+            parameter.partition()
+            part = parameter.ds_tensor.data.view(-1)  # ceil(numel / ranks): the last may reach over the end
+            start = world.rank * part.numel()
+            held = max(0, min(part.numel(), parameter.ds_numel - start))
+            model.unread[name].read(part[:held], start)
+            part[held:].zero_()
+    model.unread.clear()
 
 
 def load_deepspeed(world: World) -> Any:
