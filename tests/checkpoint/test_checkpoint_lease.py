@@ -109,8 +109,8 @@ def acquire_and_release(folder: Path, above: int = 0) -> int:
 
 def test_a_number_used_again_by_another_process_is_not_its_holder(tmp_path: Path) -> None:
     mine = leasing._owner()
-    foreign(tmp_path, **(mine | {"pid": os.getppid()}))  # lives, but began at another time
-    assert started(os.getppid()) != mine["started"]
+    foreign(tmp_path, **(mine | {"pid": 1}))  # lives, but began at another time
+    assert started(1) not in ("", mine["started"])
     assert acquire_and_release(tmp_path) == 6
 
 
