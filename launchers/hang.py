@@ -14,12 +14,12 @@ from trainer.heartbeat import stretch
 # waits for the storage; an evaluation beats at each batch.
 PATIENCE = {
     "start": 600.0,
-    "data": 3600.0,
-    "load": 1800.0,
+    "data": 7200.0,
+    "load": 7200.0,
     "first step": 600.0,
     "evaluation": 600.0,
-    "checkpoint": 1800.0,
-    "finish": 1800.0,
+    "checkpoint": 3600.0,
+    "finish": 3600.0,
 }
 LEARNED = 5.0  # times the longest silence seen so far in the same stretch of work
 COLLECTIVE_FRAMES = ("torch/distributed/", "deepspeed/comm/")

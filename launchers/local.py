@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from launchers.environment import SWITCH, cpu_environment
 from launchers.machine import cores, listening_socket
-from trainer.launched import ATTEMPT, HEARTBEAT, LOGS, LOGS_FOLDER, RESTART, STORE, SUPERVISOR
+from trainer.launched import ATTEMPT, HEARTBEAT, LOGS, LOGS_FOLDER, RESERVE, RESTART, STORE, SUPERVISOR
 
 TRAINER = (sys.executable, "-m", "trainer")
 LOOPBACK = "lo"
@@ -33,6 +32,7 @@ class Launch:
     nproc: int = 1
     max_restarts: int = 10
     hang_seconds: float = 60.0  # 0: nobody looks for hangs
+    standby: bool = False  # keep ranks in reserve for the next attempt
     fresh: bool = False  # move an old run in this folder aside first
     program: tuple[str, ...] = TRAINER
 
@@ -74,39 +74,49 @@ def rank_environment(launch: Launch, rank: int, attempt: int, logs: Path, pulses
     return variables
 
 
+def start_ranks(
+    launch: Launch,
+    environments: Sequence[Mapping[str, str]],
+    outputs: Sequence[Path],
+    pipes: Sequence[int] = (),
+) -> list[subprocess.Popen[bytes]]:
+    """A process for each rank, each with its environment and output, and the reading end of its pipe where there is
+    one. Each leads a session of its own, so that Ctrl-C reaches the supervisor alone."""
+    processes: list[subprocess.Popen[bytes]] = []
+    with listening_socket() as store:
+        meeting = {"MASTER_PORT": str(store.getsockname()[1])}
+        try:
+            for rank, environment in enumerate(environments):
+                own, passed = dict(meeting), list(pipes[rank : rank + 1])
+                if rank == 0 and launch.nproc > 1:
+                    own[STORE] = str(store.fileno())
+                    passed.append(store.fileno())
+                if pipes:
+                    own[RESERVE] = str(pipes[rank])
+                with outputs[rank].open("ab") as output:
+                    process = subprocess.Popen(
+                        [*launch.program, *launch.arguments],
+                        env={**environment, **own},
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                        pass_fds=passed,
+                    )
+                processes.append(process)
+        except BaseException:
+            for process in processes:
+                process.kill()
+            raise
+    return processes
+
+
 class Ranks:
-    """The processes of one attempt. Each leads a session of its own, so that Ctrl-C reaches the supervisor alone."""
+    """The processes of one attempt."""
 
-    def __init__(self, launch: Launch, attempt: int, logs: Path, pulses: Path, reason: str = "") -> None:
-        self.logs, self.pulses = logs, pulses
-        self.processes: list[subprocess.Popen[bytes]] = []
+    def __init__(self, processes: list[subprocess.Popen[bytes]], logs: Path, pulses: Path) -> None:
+        self.processes, self.logs, self.pulses = processes, logs, pulses
         self.exits: dict[int, Exit] = {}
-        with listening_socket() as store:
-            try:
-                for rank in range(launch.nproc):
-                    environment = rank_environment(launch, rank, attempt, logs, pulses, reason)
-                    self.processes.append(self._start(launch, rank, environment, store))
-            except BaseException:
-                self.kill()
-                raise
-
-    def _start(
-        self, launch: Launch, rank: int, environment: Mapping[str, str], store: socket.socket
-    ) -> subprocess.Popen[bytes]:
-        ours = {"MASTER_PORT": str(store.getsockname()[1])}
-        first = rank == 0 and launch.nproc > 1
-        if first:
-            ours[STORE] = str(store.fileno())
-        with log_path(self.logs, rank).open("ab") as log:
-            return subprocess.Popen(
-                [*launch.program, *launch.arguments],
-                env={**environment, **ours},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=(store.fileno(),) if first else (),
-            )
 
     def poll(self) -> list[Exit]:
         """The ranks that have ended since the last call."""

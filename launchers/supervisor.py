@@ -20,10 +20,11 @@ from types import FrameType
 from typing import Any
 
 from launchers.hang import Verdict, ranks_text
-from launchers.local import Launch, Ranks, log_path, new_attempt
+from launchers.local import Launch, Ranks, log_path, new_attempt, rank_environment, start_ranks
 from launchers.machine import KernelLog, memory_kills
 from launchers.outcome import STARTING, Ending, Outcome, judge
 from launchers.policy import Failure, GiveUp, decide
+from launchers.reserve import Reserve
 from launchers.terminal import Terminal
 from launchers.watch import Watch
 from trainer.config.errors import RunError, UserError
@@ -35,7 +36,7 @@ TICK = 1.0  # seconds; what happens in between (a rank ends, a signal comes) wak
 AFTER_SIGNAL = 2.0  # seconds for the others to tell what they saw, once a rank has been killed: they cannot go on
 AFTER_ERROR = 10.0  # the same once a rank has left with an error: all may be telling the same one, and closing W&B
 STARTING_STOP = 10.0  # seconds from a stop signal to the end of ranks that have nothing to save yet
-LONGEST_STOP = 1800.0  # seconds for the last save where nobody looks for hangs (--hang-seconds 0)
+LONGEST_STOP = 3600.0  # seconds for the last save where nobody looks for hangs (--hang-seconds 0)
 SHARED_MEMORY = Path("/dev/shm")
 LINES_SHOWN = 12  # of the failing rank's log
 _CHECKPOINT = re.compile(r"step-(\d+)")
@@ -91,9 +92,17 @@ class Supervisor:
         self.failures: list[Failure] = []
         self.old_run = self._run_id() if launch.fresh else None
         self.kernel = KernelLog()
+        self.reserve: Reserve | None = None
 
     def run(self) -> int:
         """0 or 75. Raises UserError where the ranks refused the recipe, RunError where the run failed for good."""
+        try:
+            return self._run()
+        finally:
+            if self.reserve is not None:
+                self.reserve.dismiss()
+
+    def _run(self) -> int:
         reason = ""
         while True:
             outcome, failure, logs = self._attempt(reason)
@@ -122,7 +131,7 @@ class Supervisor:
         record, kills = self._run_record(), memory_kills()
         self.kernel.killed()
         try:
-            ranks = Ranks(self._due(), number, logs, pulses, reason)
+            ranks = self._start(number, logs, pulses, reason)
             self.terminal.follow(log_path(logs, 0))
             self._record("attempt", number=number, pids=[process.pid for process in ranks.processes], reason=reason)
             watch = Watch(ranks, self.launch.hang_seconds)
@@ -151,11 +160,28 @@ class Supervisor:
             shutil.rmtree(pulses, ignore_errors=True)
             self._drop_empty_stacks(logs)
 
-    def _due(self) -> Launch:
-        """What to start: with --fresh as long as the old run is still in the folder, whatever an attempt died of."""
-        if self.launch.fresh and self._run_id() == self.old_run:
-            return replace(self.launch, arguments=(*self.launch.arguments, "--fresh"))
-        return self.launch
+    def _start(self, number: int, logs: Path, pulses: Path, reason: str) -> Ranks:
+        """The ranks of an attempt, out of the reserve where there is one.
+
+        With --fresh as long as the old run is still in the folder, whatever an attempt died of.
+        """
+        launch, reserve = self.launch, self.reserve
+        if launch.fresh and self._run_id() == self.old_run:
+            launch = replace(launch, arguments=(*launch.arguments, "--fresh"))
+        elif reserve is not None:
+            self.reserve = None
+            if reserve.ready:
+                return reserve.call(number, logs, pulses, reason)
+            reserve.dismiss()
+        size = range(launch.nproc)
+        environments = [rank_environment(launch, rank, number, logs, pulses, reason) for rank in size]
+        return Ranks(start_ranks(launch, environments, [log_path(logs, rank) for rank in size]), logs, pulses)
+
+    def _fill_reserve(self, ranks: Ranks, watch: Watch) -> None:
+        """Start the next attempt's ranks once this one's have all made a step."""
+        going = self.launch.standby and self.reserve is None and not self.stop.number
+        if going and all(watch.place(rank)["done"] is not None for rank in ranks.alive):
+            self.reserve = Reserve(self.launch)
 
     def _stand_by(self, ranks: Ranks, watch: Watch) -> tuple[set[int], Verdict | None]:
         """Wait until every rank has ended, of itself or killed: by a stop that there is nothing to save for, because
@@ -185,6 +211,7 @@ class Supervisor:
                 self._kill(ranks, ranks.alive)
                 return ours, verdict
             else:
+                self._fill_reserve(ranks, watch)
                 self.stop.wait(max(0.01, min(TICK, end - now)))
 
     def _nothing_to_save(self, ranks: Ranks, watch: Watch, now: float, stop_end: float) -> list[int]:

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from trainer import __version__, heartbeat
+from trainer.reserve import await_call, in_reserve
 from trainer.signals import STOPPED, StoppedEarly, follow_launcher, stop_early
 
 app = typer.Typer(
@@ -42,8 +43,13 @@ EmaOption = Annotated[bool, typer.Option("--ema", help="The moving average that 
 def top(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """Fine-tune language models from one recipe."""
+    if local_rank is not None and str(local_rank) != os.environ.get("LOCAL_RANK"):  # DeepSpeed's launcher says it twice
+        from trainer.config.errors import UserError
+
+        raise UserError(f"--local_rank: {local_rank}: differs from the environment's LOCAL_RANK; leave it out")
     if debug:
         os.environ["TUNESMITH_DEBUG"] = "1"
     if version:
@@ -103,6 +109,8 @@ def train(
     restart_with(cpu_environment())
     stop_early()
     follow_launcher()
+    if in_reserve():
+        await_call()
     heartbeat.begin()
     from trainer.config import load_recipe
     from trainer.session import open_session, preflight, standing
@@ -141,6 +149,9 @@ def launch(
     hang_seconds: Annotated[
         float, typer.Option("--hang-seconds", min=0, help="Silence in a step that is taken for a hang; 0: never.")
     ] = 60.0,
+    standby: Annotated[
+        bool, typer.Option("--standby", help="Keep ranks in reserve, all imported (0.5 GB each), for quick restarts.")
+    ] = False,
     fresh: Fresh = False,
     quiet: Quiet = False,
     allow_data_change: AllowDataChange = False,
@@ -159,7 +170,7 @@ def launch(
     arguments = ["train", str(recipe), *(overrides or [])]
     arguments += ["--quiet"] * quiet + ["--allow-data-change"] * allow_data_change
     size = nproc or max(1, devices())
-    code = supervise(Launch(folder, tuple(arguments), size, max_restarts, hang_seconds, fresh))
+    code = supervise(Launch(folder, tuple(arguments), size, max_restarts, hang_seconds, standby, fresh))
     if code:
         raise typer.Exit(code)
 
@@ -262,6 +273,7 @@ def main() -> None:
     from trainer.tracking.streams import keep_secrets
 
     keep_secrets(debug="--debug" in sys.argv)
+    os.umask(os.umask(0o077) | 0o002)  # whatever the shell says, what a run writes is not for everybody to change
     logging.basicConfig(level=os.environ.get("TUNESMITH_LOG", "WARNING"), format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells every CPU run of kernels it could not download
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks transformers the old way

@@ -23,9 +23,9 @@ from launchers.local import Launch
 from trainer.config.errors import RunError, UserError
 
 supervisor.STARTING_STOP = supervisor.AFTER_ERROR = 1.5
-folder, nproc, hang, restarts, *arguments = sys.argv[1:]
+folder, nproc, hang, restarts, standby, *arguments = sys.argv[1:]
 launch = Launch(Path(folder), (folder, *arguments), int(nproc), int(restarts), float(hang),
-                program=(sys.executable, {rank!r}))
+                standby=standby == "True", program=(sys.executable, {rank!r}))
 try:
     sys.exit(supervisor.supervise(launch))
 except (UserError, RunError) as error:
@@ -34,27 +34,24 @@ except (UserError, RunError) as error:
 """
 
 
-def start(
+def command(
     folder: Path, *, nproc: int = 2, steps: int = 20, seconds: float = 0.02, hang: float = 60, restarts: int = 10,
-    fault: str = "", **options: Any,
-) -> subprocess.Popen[str]:  # fmt: skip
-    """A supervisor at work; its output is in `FOLDER.out`."""
+    standby: bool = False,
+) -> list[str]:  # fmt: skip
+    """What starts a supervisor over light ranks."""
     folder.mkdir(parents=True, exist_ok=True)
+    numbers = (nproc, hang, restarts, standby, steps, seconds)
     driver = DRIVER.format(rank=str(HERE / "light_rank.py"))
-    command = [
-        sys.executable,
-        "-c",
-        driver,
-        str(folder),
-        str(nproc),
-        str(hang),
-        str(restarts),
-        str(steps),
-        str(seconds),
-    ]
+    return [sys.executable, "-c", driver, str(folder), *map(str, numbers)]
+
+
+def start(folder: Path, *, fault: str = "", **settings: Any) -> subprocess.Popen[str]:
+    """A supervisor at work; its output is in `FOLDER.out`."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TUNESMITH_FAIL_POINT": fault}
     with output_path(folder).open("a") as output:
-        return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True, **options)
+        return subprocess.Popen(
+            command(folder, **settings), env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
+        )
 
 
 def run(folder: Path, **settings: Any) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from trainer import heartbeat
 from trainer.fault import fail_point
+from trainer.reserve import await_call, in_reserve
 from trainer.signals import STOPPED, StoppedEarly, StopSignal, follow_launcher, stop_early
 
 
@@ -105,6 +106,10 @@ def main(folder: Path, steps: int, seconds: float) -> int:
 if __name__ == "__main__":
     stop_early()
     follow_launcher()
+    if in_reserve():
+        print(f"in reserve: pid {os.getpid()}", flush=True)
+        await_call()
+        print("called in")
     heartbeat.begin()
     print(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: pid {os.getpid()}")
     try:

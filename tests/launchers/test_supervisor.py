@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from launch_cases import events, is_alive, output, rank_pids, run, saved_steps, start, wait_for
+from launch_cases import ROOT, command, events, is_alive, output, rank_pids, run, saved_steps, start, wait_for
 
-SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+SIGNALS = [
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR2)),
+]
 
 
 def test_complete_and_what_is_left(tmp_path: Path) -> None:
@@ -56,7 +61,7 @@ def test_restarts_are_limited(tmp_path: Path) -> None:
     assert [row["number"] for row in events(tmp_path / "run", "attempt")] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("fault", ["end:rank=1:exit", "end:rank=1:kill", "end:rank=0:kill"])
+@pytest.mark.parametrize("fault", ["end:rank=1:exit", "end:rank=0:kill"])
 def test_a_bad_end_after_completion_is_success(tmp_path: Path, fault: str) -> None:
     assert run(tmp_path / "run", fault=fault, steps=3) == 0
     assert len(events(tmp_path / "run", "attempt")) == 1
@@ -81,17 +86,16 @@ def test_a_refusal_is_not_tried_again(tmp_path: Path) -> None:
         f"try: supervise(Launch(Path({str(tmp_path / 'run')!r}), (), 2, program=(sys.executable, {str(program)!r})))\n"
         "except UserError as error: print(error); sys.exit(2)\n"
     )
-    root = Path(__file__).resolve().parents[2]
-    command = [os.sys.executable, "-c", code]  # type: ignore[attr-defined]
+    command = [sys.executable, "-c", code]
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=60, check=False
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 2
     assert done.stdout == "optimizer.lr: -1: must be above 0\n"
     assert len(events(tmp_path / "run", "attempt")) == 1
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", SIGNALS, ids=["SIGTERM", "SIGUSR1", "SIGINT", "SIGUSR2"])
 def test_a_signal_to_the_supervisor_saves_once_and_ends_with_75(tmp_path: Path, number: signal.Signals) -> None:
     process = start(tmp_path / "run", seconds=0.1, steps=400)
     rank_pids(tmp_path / "run")
@@ -117,7 +121,15 @@ def test_a_signal_to_one_rank_ends_all(tmp_path: Path) -> None:
     assert not any(is_alive(pid) for pid in pids)
 
 
-@pytest.mark.parametrize("fault", ["start:hang", "start:hold", "start:stop", "start:rank=1:hang"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param("start:hang", marks=pytest.mark.slow),
+        "start:hold",
+        pytest.param("start:stop", marks=pytest.mark.slow),
+        "start:rank=1:hang",
+    ],
+)
 def test_a_signal_while_ranks_start_ends_with_75_though_they_hang(tmp_path: Path, fault: str) -> None:
     process = start(tmp_path / "run", fault=fault, steps=400, seconds=0.1)
     pids = rank_pids(tmp_path / "run")
@@ -153,7 +165,7 @@ def test_the_supervisors_death_leaves_no_orphan(tmp_path: Path) -> None:
     wait_for(lambda: not any(is_alive(pid) for pid in pids), seconds=5)
 
 
-@pytest.mark.parametrize("action", ["hang", "hold", "stop"])
+@pytest.mark.parametrize("action", [pytest.param("hang", marks=pytest.mark.slow), "hold", "stop"])
 def test_a_hung_rank_is_found_and_named_and_all_stacks_are_kept(tmp_path: Path, action: str) -> None:
     folder = tmp_path / "run"
     assert run(folder, fault=f"step:step=3:rank=1:attempt=1:{action}", hang=1.0, seconds=0.01) == 0
@@ -182,14 +194,6 @@ def test_slow_work_in_its_own_section_is_no_hang(tmp_path: Path) -> None:
 
 def test_a_reader_that_goes_away_or_reads_nothing_harms_nothing(tmp_path: Path) -> None:
     reader, writer = os.pipe()
-    os.set_inheritable(writer, True)
-    folder = tmp_path / "run"
-    folder.mkdir()
-    from launch_cases import DRIVER, HERE, ROOT
-
-    driver = DRIVER.format(rank=str(HERE / "light_rank.py"))
-    command = [os.sys.executable, "-c", driver, str(folder), "1", "60", "0", "5", "0"]  # type: ignore[attr-defined]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     os.set_blocking(writer, False)
     while True:  # a pipe that is full and stays so
         try:
@@ -197,9 +201,67 @@ def test_a_reader_that_goes_away_or_reads_nothing_harms_nothing(tmp_path: Path) 
         except BlockingIOError:
             break
     os.set_blocking(writer, True)
-    full = subprocess.Popen(command, env=environment, stdout=writer, stderr=writer)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    line = command(tmp_path / "run", nproc=1, steps=5, seconds=0)
+    full = subprocess.Popen(line, env=environment, stdout=writer, stderr=writer)
     assert full.wait(30) == 0
     os.close(reader)  # and one that nobody reads any more
-    gone = subprocess.Popen([*command[:-2], "9", "0"], env=environment, stdout=writer, stderr=writer)
+    line = command(tmp_path / "run", nproc=1, steps=9, seconds=0)
+    gone = subprocess.Popen(line, env=environment, stdout=writer, stderr=writer)
     os.close(writer)
     assert gone.wait(30) == 0
+
+
+def test_ranks_in_reserve_take_over_and_are_sent_home(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    fault = "step:step=12:rank=1:attempt=1:kill;step:step=17:rank=0:attempt=2:kill"
+    process = start(folder, fault=fault, standby=True, seconds=0.1)
+    rank_pids(folder)
+    assert process.wait(40) == 0
+    first, second, third = (row["pids"] for row in events(folder, "attempt"))
+    logs = [folder / "logs" / f"attempt-{number:02d}" for number in (1, 2, 3)]
+    for path, pids in zip(logs, (first, second, third), strict=True):
+        for rank in (0, 1):
+            assert f"pid {pids[rank]}" in (path / f"rank-{rank:05d}.log").read_text()
+    assert "called in" not in (logs[0] / "rank-00000.log").read_text()
+    assert "called in" in (logs[1] / "rank-00000.log").read_text()
+    assert events(folder, "attempt")[2]["reason"].startswith("rank 0 was ended by SIGKILL at step 17")
+    assert not any(is_alive(pid) for pid in reserve_pids(folder))
+
+
+def test_the_supervisors_death_ends_the_reserve(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", standby=True, steps=400, seconds=0.1)
+    pids = [*rank_pids(tmp_path / "run"), *wait_for(lambda: reserve_pids(tmp_path / "run"))]
+    assert len(pids) == 4
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(is_alive(pid) for pid in pids), seconds=5)
+
+
+@pytest.mark.slow
+def test_a_reserve_that_died_is_no_loss(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = start(folder, standby=True, steps=60, seconds=0.1, fault="step:step=50:rank=1:attempt=1:kill")
+    rank_pids(folder)
+    os.kill(wait_for(lambda: reserve_pids(folder))[0], signal.SIGKILL)
+    assert process.wait(40) == 0
+    assert "called in" not in (folder / "logs" / "attempt-02" / "rank-00000.log").read_text()
+
+
+def reserve_pids(folder: Path) -> list[int]:
+    """The processes in reserve, once both have begun."""
+    path = folder / "logs" / "reserve.log"
+    lines = path.read_text().splitlines() if path.exists() else []
+    pids = [int(line.split()[-1]) for line in lines if line.startswith("in reserve")]
+    return pids if len(pids) == 2 else []
+
+
+def test_the_supervisor_imports_no_torch() -> None:
+    code = (
+        "import sys, launchers.supervisor, trainer.cli\n"
+        "print(sorted({'torch', 'numpy', 'transformers', 'omegaconf'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]"
