@@ -27,6 +27,7 @@ from trainer.model.load import DTYPES
 from trainer.model.probes import verify_trainee
 from trainer.model.root import Trainee
 from trainer.tracking import read_rows
+from trainer.tracking.run_folder import check_run_folder
 from trainer.world import World, connected, environment_world
 
 CHECKPOINTS, AVERAGES = "checkpoints", "averages"
@@ -169,6 +170,7 @@ def recorded(folder: Path, overrides: list[str]) -> tuple[Recipe, World]:
     """The recipe of a run's folder, and this one process. Raises UserError where there is none, or under a launcher."""
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"run: {folder}: has no recipe.yaml; give the folder of a run")
+    check_run_folder(folder, "run")
     recipe = load_recipe(folder / "recipe.yaml", overrides)
     world = environment_world()
     if world.size > 1:

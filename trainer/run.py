@@ -35,6 +35,7 @@ from trainer.objectives import build_objective
 from trainer.optim import Plateau, lr_factor, scaled_lr
 from trainer.signals import StopSignal
 from trainer.tracking import Tracker, read_rows
+from trainer.tracking.run_folder import check_run_folder
 from trainer.world import World
 
 log = logging.getLogger(__name__)
@@ -340,11 +341,12 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def check_output(folder: Path) -> None:
-    """Raise UserError where the run's folder could not be written; makes nothing."""
+    """Raise UserError where the run's folder could not be written, or leads elsewhere; makes nothing."""
+    check_run_folder(folder)
     ancestor = folder.absolute()
-    while not ancestor.exists():
-        ancestor = ancestor.parent
     try:
+        while not ancestor.exists():
+            ancestor = ancestor.parent
         if not ancestor.is_dir():
             raise NotADirectoryError(20, "not a directory")
         with tempfile.TemporaryFile(dir=ancestor):

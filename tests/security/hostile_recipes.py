@@ -44,6 +44,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "name of 5,000 characters": (BASE.replace("name: base", "name: " + "x" * 5_000), "at most 100 of them"),
     "output climbs": (BASE + "output: runs/../../etc\n", "output: 'runs/../../etc': must not climb"),
     "output of 5,000 characters": (BASE + "output: /" + "x" * 5_000 + "\n", "output: "),
+    "output with a part of 256 characters": (BASE + "output: a/" + "x" * 256 + "/b\n", "output: "),
     "output with a line": (BASE + 'output: "a\\nb"\n', "output: 'a\\nb'"),
     "source climbs": (BASE.replace("  s:", "  ../s:"), "sources.../s"),
     "suite climbs": (BASE + "evaluation: {suites: [{name: ../s, source: s}]}\n", "evaluation.suites.0.name: '../s'"),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bounds import pickled_command
-from conftest import FinishedRun
+from finished import FinishedRun
 
 from trainer.config import UserError, build_recipe
 from trainer.data.prepare import prepare

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from conftest import CANARIES, MARKS, FinishedRun, environment
+from finished import CANARIES, MARKS, FinishedRun, environment
 
 from trainer.check import check_secrets
 from trainer.config import UserError

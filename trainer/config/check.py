@@ -71,7 +71,8 @@ def unread(section: BaseModel, key: Key, readers: dict[str, str], chosen: str, s
 
 def _output(recipe: Recipe) -> Iterator[Problem]:
     output = recipe.output
-    if "\n" in output or len(output) > 1000 or not output.strip():
+    longest = max(len(part.encode("utf-8", "replace")) for part in output.split("/"))
+    if "\n" in output or len(output) > 1000 or longest > 255 or not output.strip():
         yield Problem(("output",), output, "not a usable folder name; give a plain path")
     if ".." in output.replace("\\", "/").split("/"):
         yield Problem(("output",), output, "must not climb with `..`; give a plain or absolute path")

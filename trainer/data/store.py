@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config.errors import UserError
+from trainer.config.owner import check_owner
 from trainer.config.resources import cache_folder as user_cache
 from trainer.data.encode import Encoded
 from trainer.heartbeat import waiting
@@ -203,6 +204,7 @@ def open_or_build(
 
     ``build`` fills a Writer and returns the description; its UserError is raised in every process that waits.
     """
+    check_owner(cache, "cache")
     folder = cache / key
     if (found := read(folder, name, task)) is not None:
         return found

@@ -37,7 +37,7 @@ class Journal:
     def __init__(self, folder: Path, guard: Callable[[], None] = lambda: None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self._guard = folder / FILE_NAME, guard
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         self._secrets = known_secrets(os.environ)
         self._repair()
 

@@ -55,7 +55,8 @@ def start(
     command += ["--mode", mode, "--project", project, "--name", run_name, "--id", run_id]
     package_parent = str(Path(trainer.__file__).resolve().parents[1])
     python_path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
-    with (folder / LOG_NAME).open("ab") as log:
+    private = os.open(folder / LOG_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    with open(private, "ab") as log:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
