@@ -23,7 +23,7 @@ def check_owner(folder: Path, key: str) -> None:
         itself = folder.lstat()
         target = folder.stat()
         around = folder.absolute().parent.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # whoever makes it will tell
         if folder.is_symlink():
             raise UserError(f"{key}: {folder}: a link to nothing; mend or remove it") from None
         return

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config.errors import UserError
+from trainer.config.problems import clean
 from trainer.config.schema import Source
 from trainer.data.chat import Message, check_chat, from_sharegpt, insert_system, parsed, read_messages, read_tools
 from trainer.data.readers import Row
@@ -84,8 +85,9 @@ def _get(row: Row, source: Source, field: str, required: bool = True) -> Any:
         if name in row.values:
             raise _fault(row, name, None, "is null; give a value or remove the row")
         near = difflib.get_close_matches(name, row.values, n=1) or list(row.values)[:8]
+        has = ", ".join(clean(str(key)) for key in near)
         raise UserError(
-            f"{row.place}:{name}: missing; format {source.format} needs it (the row has: {', '.join(map(str, near))}); "
+            f"{row.place}:{name}: missing; format {source.format} needs it (the row has: {has}); "
             f"rename it with `fields: {{{field}: ...}}`"
         )
     return value

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import UserError
+from trainer.config.problems import clean
 from trainer.config.schema import Source
 from trainer.data.files import MAX_LINE_BYTES, decode, is_local, kind_of, lines, source_files, text_chunks
 from trainer.data.hub import offline_if_unreachable
@@ -85,7 +86,7 @@ def _check_fields(known: tuple[Path, set[str]], path: Path, fields: set[str]) ->
 
 
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)[:6])
+    return ", ".join(clean(name) for name in sorted(names)[:6])
 
 
 def _read_jsonl(path: Path, encoding: str) -> Iterator[Row | BadRow]:
