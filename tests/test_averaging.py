@@ -11,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import write_chats
+from typer.testing import CliRunner
 
 from trainer.averaging import Pick, average_run, parse_steps
 from trainer.checkpoint import Reader, load, newest, open_checkpoint, save, verify
 from trainer.checkpoint.manifest import step_name
 from trainer.checkpoint.weights import Weights
+from trainer.cli import app
 from trainer.config import UserError, build_recipe
 from trainer.config.errors import RunError
 from trainer.engine.single import SingleEngine
@@ -195,6 +197,44 @@ def test_a_moving_average_is_read_in_place_of_the_weights(tmp_path: Path, tiny_f
     evaluate_run(run, [], Choice(ema=True))
     result = read_result(run / "evaluation" / "ema" / "held-step-00000006.json")
     assert result["metrics"]["loss"] != read_result(run / "evaluation" / "held-step-00000006.json")["metrics"]["loss"]
+
+
+def test_the_verbs_as_a_user_types_them(full_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_ALLOCATOR", "off")  # else the verb starts itself anew
+    run = tmp_path / "run"
+    shutil.copytree(full_run, run)
+
+    def tunesmith(*arguments: Any) -> str:
+        done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    assert "mean of steps 4, 6" in tunesmith("average", run, "--steps", "6,4", "--name", "end")
+    greedy = tunesmith("average", run, "--greedy", "--metric", "held/loss")
+    assert greedy.splitlines()[0].split() == ["step", "alone", "soup", "held/loss"] and len(greedy.splitlines()) == 5
+    assert tunesmith("evaluate", run, "--average", "end").startswith("held: {")
+    assert (run / "evaluation" / "averages" / "end" / "held-step-00000006.json").is_file()
+    report = json.loads(tunesmith("export", run, "--average", "end", "--out", tmp_path / "out").splitlines()[-1])
+    assert report["kind"] == "model" and (tmp_path / "out" / "config.json").is_file()
+    for option in (["--step", "4"], ["--best"]):
+        assert json.loads(tunesmith("export", run, "--out", tmp_path / "out", *option).splitlines()[-1])
+    with pytest.raises(UserError, match="no rule"):
+        CliRunner().invoke(app, ["average", str(run)], catch_exceptions=False)
+
+
+def test_no_link_in_an_averages_or_a_results_folder_is_followed(full_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(full_run, run)
+    for place in ("averages", "evaluation/averages/last-2"):
+        (run / place).mkdir(parents=True, exist_ok=True)
+        (run / place / ".trap").symlink_to(tmp_path / "elsewhere")
+        for verb in (
+            lambda: average_run(run, Pick(last=2), tell=lambda line: None),
+            lambda: evaluate_run(run, [], Choice()),
+        ):
+            with pytest.raises(UserError, match="is a link"):
+                verb()
+        (run / place / ".trap").unlink()
 
 
 def test_mistakes_are_told_before_anything_loads(full_run: Path, lora_run: Path, tmp_path: Path) -> None:

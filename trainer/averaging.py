@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.evaluation.suites import Evaluator
 from trainer.evaluation.watch import direction_of, find_metric
 from trainer.model.root import Trainee
-from trainer.revisit import AVERAGES, CHECKPOINTS, Opened, best_steps, check_base, recorded, steps_on_disk
+from trainer.revisit import AVERAGE_NAME, AVERAGES, CHECKPOINTS, Opened, best_steps, check_base, recorded, steps_on_disk
 from trainer.tracking import read_rows
 from trainer.tracking.run_record import replace_file
 from trainer.world import World, connected
@@ -30,7 +29,6 @@ log = logging.getLogger(__name__)
 
 Tell = Callable[[str], None]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEPT = ("base_digest", "tokenizer_digest", "recipe_digest", "fingerprints")  # of the members' state
 
 
@@ -85,7 +83,7 @@ def average_run(folder: Path, pick: Pick, name: str | None = None, tell: Tell = 
     must be good. Raises UserError where there are too few, or the metric was not measured.
     """
     name = name or pick.name
-    if not _NAME.fullmatch(name):
+    if not AVERAGE_NAME.fullmatch(name):
         raise UserError(f"--name: {name!r}: letters, digits, dots, dashes and underscores, at most 64")
     recipe, world = recorded(folder, [])
     members = _members(folder, recipe, pick)

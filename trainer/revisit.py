@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from trainer.tracking.run_folder import check_run_folder
 from trainer.world import World, connected, environment_world
 
 CHECKPOINTS, AVERAGES = "checkpoints", "averages"
+AVERAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def chosen(folder: Path, recipe: Recipe, choice: Choice) -> Weights:
     kind = EMA if choice.ema else PARAMETER
     if choice.average is not None:
         path = folder / AVERAGES / choice.average
-        if Path(choice.average).name != choice.average or not path.is_dir():
+        if not AVERAGE_NAME.fullmatch(choice.average) or not path.is_dir():
             names = sorted(p.name for p in (folder / AVERAGES).glob("[!.]*/"))
             raise UserError(f"--average: {choice.average!r}: not among {_listed(names)} of {path.parent}")
         return Weights(Reader(path, verify(path)), kind)
@@ -124,7 +126,7 @@ class Opened:
 
     def trainee(self) -> Trainee:
         """The untrained model in the arithmetic of training: trainable parameters are low-precision copies."""
-        trainee = build_trainee(self.recipe, self.tokenizer.pad_token_id)
+        trainee = build_trainee(self.recipe, self.tokenizer.pad_token_id, masters=False)
         for parameter in trainee.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(DTYPES[self.recipe.model.dtype])

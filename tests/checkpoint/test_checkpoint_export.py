@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import byte_tokenizer
+from tiny import byte_tokenizer, tiny_llama
 from torch import Tensor
 
 from trainer.checkpoint import assemble
@@ -81,10 +81,18 @@ def trained(folder: Path, method: str = "lora", dtype: str = "float32", **model:
     return build, held, recipe
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("method", "adapter"),
-    [("full", False), ("last-layers", False), ("lora", False), ("lora", True), ("rslora", False), ("rslora", True)],
+    ("method", "adapter", "dtype"),
+    [
+        ("full", False, "bfloat16"),
+        ("last-layers", False, "float32"),
+        ("last-layers", False, "bfloat16"),
+        ("lora", False, "float32"),
+        ("lora", False, "bfloat16"),
+        ("lora", True, "bfloat16"),
+        ("rslora", False, "float32"),
+        ("rslora", True, "float32"),
+    ],
 )
 def test_the_folder_gives_the_trained_logits(
     tiny_folder: Path, tmp_path: Path, method: str, adapter: bool, dtype: str
@@ -92,7 +100,7 @@ def test_the_folder_gives_the_trained_logits(
     build, held, recipe = trained(tiny_folder, method, dtype)
     report = export(build, held, byte_tokenizer(), tmp_path / "out", adapter=adapter, recipe=recipe, step=7)
     assert report["max_difference"] <= report["tolerance"] == TOLERANCES[report["kind"]][getattr(torch, dtype)]
-    assert report["base"] == ("none" if adapter else "files")
+    assert report["base"] == ("none" if adapter or method == "full" else "files")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     weights = "adapter_model.safetensors" if adapter else "model.safetensors"
     assert {weights, "README.md", "export.json", "tokenizer.json", "chat_template.jinja"} <= names
@@ -109,8 +117,7 @@ def test_the_folder_gives_the_trained_logits(
         assert ("lm_head.weight" in tensors) == (method == "rslora")  # that one adapts the embedding, and so unties it
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["lora", "rslora"])
+@pytest.mark.parametrize(("method", "dtype"), [("lora", "bfloat16"), ("rslora", "float32")])
 def test_every_weight_is_bitwise_what_peft_would_merge(
     tiny_folder: Path, tmp_path: Path, method: str, dtype: str
 ) -> None:
@@ -131,8 +138,7 @@ def test_every_weight_is_bitwise_what_peft_would_merge(
     assert expected.keys() - actual.keys() <= {"lm_head.weight"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize(("adapter", "dtype"), [(False, "float32"), (False, "bfloat16"), (True, "bfloat16")])
 def test_a_quantised_base_is_dequantised_and_merged(
     tiny_folder: Path, tmp_path: Path, adapter: bool, dtype: str
 ) -> None:
@@ -145,6 +151,50 @@ def test_a_quantised_base_is_dequantised_and_merged(
         base = load_file(tiny_folder / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
         merged = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
         assert merged.shape == base.shape and not torch.allclose(merged.float(), base, atol=1e-3)
+
+
+def write_gguf(path: Path) -> None:
+    """The tiny model as an unquantised GGUF file."""
+    import gguf
+
+    network = tiny_llama()
+    config = network.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(512)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_dimension_count(config.head_dim)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in network.named_parameters():
+        writer.add_tensor(f"{names.get_name(name.removesuffix('.weight'))}.weight", tensor.detach().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_base_is_read_from_memory(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    for method in ("lora", "last-layers", "full"):
+        build, held, recipe = trained(tmp_path / "tiny.gguf", method)
+        out = tmp_path / method
+        report = export(build, held, byte_tokenizer(), out, adapter=False, recipe=recipe, step=7)
+        assert report["base"] == ("none" if method == "full" else "memory") and report["max_difference"] <= 1e-5
+        assert "quantization_config" not in json.loads((out / "config.json").read_text())
+
+
+def test_an_int8_base_is_dequantised(tiny_folder: Path, tmp_path: Path) -> None:
+    build, held, recipe = trained(tiny_folder, quantization="int8")
+    report = export(build, held, byte_tokenizer(), tmp_path / "out", adapter=False, recipe=recipe, step=7)
+    assert report["base"] == "memory" and report["max_difference"] <= report["tolerance"] == 0.2
+    base = load_file(tiny_folder / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    merged = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert merged.dtype == torch.float32 and not torch.allclose(merged, base, atol=1e-3)
 
 
 def test_a_classifier_keeps_its_head(tiny_folder: Path, tmp_path: Path) -> None:

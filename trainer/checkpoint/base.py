@@ -107,6 +107,9 @@ def file_base(model: Model, layout: Layout, needed: Iterable[str]) -> FileBase |
 
     That is: GGUF and pickled files, quantised models, models whose tensors are converted on loading, and a new head.
     """
+    needed = list(needed)
+    if not needed:
+        return FileBase({}, layout)
     if model.quantization != "none" or layout.converted:
         return None
     files = weight_files(model)

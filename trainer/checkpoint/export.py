@@ -94,7 +94,8 @@ def export(
 
 
 Written = tuple[list[Tensor], dict[str, str], str, torch.device]
-"""Expected logits; {tensor in memory: SHA-256}; where frozen values came from; the device of the network."""
+"""Expected logits; {tensor in memory: SHA-256}; where frozen values came from: `files`, `memory`, `none` (all were
+trained, or an adapter stands alone); the device of the network."""
 
 
 def _write_model(
@@ -112,7 +113,8 @@ def _write_model(
     del network
     gc.collect()  # where files give the values, the network is cyclic garbage by now
     digests = write_model(staging, assembly.planned, lambda name: assembly.make(name, base), shard_bytes)
-    return expected, digests, "files" if found else "memory", device
+    where = ("files" if found else "memory") if assembly.needed else "none"
+    return expected, digests, where, device
 
 
 def _write_converted(

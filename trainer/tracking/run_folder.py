@@ -7,7 +7,13 @@ from pathlib import Path
 from trainer.config.errors import UserError
 from trainer.config.owner import check_owner
 
-INSIDE = ("", "checkpoints", "evaluation", ".lease")  # where a run makes files by name; wandb has links of its own
+INSIDE = (
+    "",
+    "checkpoints",
+    "averages",
+    "evaluation",
+    ".lease",
+)  # where a run makes files by name; wandb has links of its own
 
 
 def check_run_folder(folder: Path, key: str = "output") -> None:
@@ -21,7 +27,7 @@ def check_run_folder(folder: Path, key: str = "output") -> None:
         place = folder / name
         if not place.is_dir():
             continue
-        for entry in sorted(place.iterdir()):
+        for entry in sorted(place.rglob("*") if name else place.iterdir()):
             if entry.is_symlink():
                 raise UserError(
                     f"{key}: {entry}: is a link, and a run writes into its own folder alone; put what it points to in "
