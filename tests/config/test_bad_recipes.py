@@ -113,6 +113,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"engine": {"kind": "deepspeed", "config": "zero9"}}, "engine.config: 'zero9':", "zero1, zero1_offload"),
     ({"engine": {"kind": "deepspeed", "cpu_offload": True}}, "engine.cpu_offload: true:", "fsdp2"),
     ({"engine": {"kind": "deepspeed", "shard_size": 2}}, "engine.shard_size: 2:", "fsdp2"),
+    ({"engine": {"kind": "deepspeed", "loading": "sharded"}}, "engine.loading: 'sharded':", "ZeRO 2 keeps the whole"),
     ({"model": {"quantization": "int8"}, "engine": {"kind": "deepspeed"}}, "model.quantization: 'int8':", "use `nf4`"),
     ({"optimizer": {"name": "adamw8bit"}, "engine": {"kind": "deepspeed"}}, "optimizer.name: 'adamw8bit':", "ranges"),
     ({"engine": {"kind": "single", "cpu_offload": True}}, "engine.cpu_offload: true:", "fsdp2"),

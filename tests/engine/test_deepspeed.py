@@ -130,7 +130,7 @@ def agree(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 def close(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """bf16: the same until the first rounding falls otherwise (another order of sums), and near to it from then on."""
-    assert found["losses"][:4] == pytest.approx(expected["losses"][:4], rel=1e-5)
+    assert found["losses"][:2] == pytest.approx(expected["losses"][:2], rel=1e-5)
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-2)
     for name, values in expected["parameters"].items():
         differences = [abs(a - b) for a, b in zip(found["parameters"][name], values, strict=True)]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pydantic import BaseModel
 
 from trainer.config.check_sources import is_local, source_problems
-from trainer.config.deepspeed import config_problems
+from trainer.config.deepspeed import config_problems, zero_stage
 from trainer.config.inherit import READERS
 from trainer.config.problems import ABSENT, Key, Problem, no_source
 from trainer.config.schema import Recipe, Stage, Suite
@@ -126,7 +126,26 @@ def _engine(recipe: Recipe) -> Iterator[Problem]:
         remedy = "int8 weights cannot be sharded; use `nf4`, or `engine.kind: single`"
         yield Problem(("model", "quantization"), "int8", remedy)
     if engine.kind == "deepspeed":
-        yield from config_problems(engine.config)
+        found = list(config_problems(engine.config))
+        yield from found
+        if not found and engine.loading == "sharded" and (stage := zero_stage(engine.config)) < 3:
+            remedy = f"ZeRO {stage} keeps the whole model on every rank; use `auto`, or a file of stage 3"
+            yield Problem(("engine", "loading"), "sharded", remedy)
+    if engine.loading == "sharded":
+        yield from _sharded_loading(recipe)
+
+
+def _sharded_loading(recipe: Recipe) -> Iterator[Problem]:
+    """What cannot be read in parts; `loading: auto` reads it whole."""
+    model = recipe.model
+    reasons = {
+        "a .gguf file is dequantised tensor by tensor": model.path.endswith(".gguf"),
+        f"`model.quantization: {model.quantization}` quantises each tensor as a whole": model.quantization != "none",
+        "with `model.trust_remote_code` the model's code may do anything with its weights": model.trust_remote_code,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            yield Problem(("engine", "loading"), "sharded", f"{reason}; use `auto` or `whole`")
 
 
 def _stage(recipe: Recipe, stage: Stage, key: Key) -> Iterator[Problem]:

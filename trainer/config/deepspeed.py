@@ -65,6 +65,11 @@ def read_config(config: str | None) -> dict[str, Any]:
     return settings
 
 
+def zero_stage(config: str | None) -> int:
+    """1: optimizer state is partitioned; 2: gradients too; 3: parameters too. Raises as `read_config`."""
+    return int(read_config(config)["zero_optimization"]["stage"])
+
+
 def config_problems(config: str | None) -> Iterator[Problem]:
     """Everything wrong with what `engine.config` names, under that key."""
     try:

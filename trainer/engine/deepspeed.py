@@ -24,6 +24,7 @@ from trainer.config import UserError
 from trainer.config.deepspeed import read_config
 from trainer.config.schema import Engine as EngineSettings
 from trainer.config.schema import Optimizer
+from trainer.engine import NOT_INSTALLED
 from trainer.engine.base import Pull, Replica, Slot, flat
 from trainer.engine.update import Updater
 from trainer.engine.zero_slots import partitions
@@ -157,6 +158,7 @@ def lower(model: Trainee, dtype: torch.dtype) -> dict[str, tuple[int, Tensor]]:
     Returns the fp32 values of what trains, {name: (first element held, values 1-D)}: they stay the masters' values.
     """
     masters = {}
+    parameter: Any  # with DeepSpeed's attributes once it is partitioned
     for name, parameter in model.named_parameters():
         held = getattr(parameter, "ds_tensor", parameter)
         if held.dtype == dtype or held.dtype not in (torch.float32, torch.bfloat16):
@@ -174,6 +176,7 @@ def read_partitions(model: Trainee, config: dict[str, Any], world: World) -> Non
     """Partition the parameters whose values are still in files, and read this rank's part of each; stage 3."""
     init = load_deepspeed(world).zero.Init(config_dict_or_path=config)
     init._enable_mem_efficient_linear()  # as where it gets a whole model: no view keeps gathered weights alive
+    parameter: Any
     for name, parameter in model.named_parameters():
         if name in model.unread:
             parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=init.local_device)
@@ -194,9 +197,7 @@ def load_deepspeed(world: World) -> Any:
     try:
         import deepspeed  # 1.5 s, and optional: only for the recipes that name it
     except ImportError as error:
-        raise UserError(
-            "engine.kind: deepspeed: not installed; run `pip install 'tunesmith[deepspeed]'`, or use fsdp2"
-        ) from error
+        raise UserError(NOT_INSTALLED) from error
     from deepspeed.utils import logger
 
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it asks for it even where no launcher was
