@@ -196,7 +196,19 @@ def test_a_moving_average_is_read_in_place_of_the_weights(tmp_path: Path, tiny_f
     assert not torch.equal(average.read(name), Weights(checkpoint).read(name))
     evaluate_run(run, [], Choice(ema=True))
     result = read_result(run / "evaluation" / "ema" / "held-step-00000006.json")
-    assert result["metrics"]["loss"] != read_result(run / "evaluation" / "held-step-00000006.json")["metrics"]["loss"]
+    plainly = read_result(run / "evaluation" / "held-step-00000006.json")["metrics"]["loss"]
+    assert result["metrics"]["loss"] != plainly
+
+    # where the run itself measures the average, `evaluate` does so too, and the best step is the average's
+    recipe = (run / "recipe.yaml").read_text()
+    assert recipe.count("evaluate: false") == 1
+    (run / "recipe.yaml").write_text(recipe.replace("evaluate: false", "evaluate: true"))
+    evaluate_run(run, [], Choice())
+    again = read_result(run / "evaluation" / "held-step-00000006.json")["metrics"]["loss"]
+    assert again == result["metrics"]["loss"]
+    with pytest.raises(UserError, match="measured its moving average"):
+        export_run(run, tmp_path / "best", False, Choice(best=True))
+    export_run(run, tmp_path / "best", False, Choice(best=True, ema=True))
 
 
 def test_the_verbs_as_a_user_types_them(full_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

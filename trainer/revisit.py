@@ -71,7 +71,7 @@ def best_steps(folder: Path, recipe: Recipe, metric: str, ema: bool) -> list[int
     """
     if recipe.ema.evaluate and not ema:
         raise UserError(
-            "--best: this run evaluated its moving average (ema.evaluate), not the trained weights: use --ema"
+            "--best: this run measured its moving average (ema.evaluate), not the trained weights: name steps, or --ema"
         )
     held = steps_on_disk(folder)
     found = best(held, scores_of(read_rows(folder), metric), metric)

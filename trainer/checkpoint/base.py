@@ -117,7 +117,8 @@ def file_base(model: Model, layout: Layout, needed: Iterable[str]) -> FileBase |
         return None
     stored = stored_tensors(files)
     for name in needed:
-        if name not in stored or stored[name].shape != layout.tensors[name].shape:
+        found = stored.get(name)
+        if found is None or found.shape != layout.tensors[name].shape or found.dtype not in TORCH_DTYPES:
             return None
     return FileBase(stored, layout)
 
