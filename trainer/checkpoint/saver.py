@@ -140,7 +140,7 @@ class Saver:
     def reserve(self, engine: Engine, shadows: Shadows | None = None) -> None:
         """Get the host memory of the copy beside the training, once the optimizer has its state.
 
-        First use of memory is slow on some machines: 1.6 s for a first copy of 200 MB on a busy one, 0.05 s from then on.
+        First use of memory is slow on some machines: 1.6 s for a first copy of 200 MB on a busy one, 0.05 s afterwards.
         """
         waits = self._buffer is None and self.store.settings.asynchronous
         if not waits or not any(slot.state for slot in engine.slots()):
