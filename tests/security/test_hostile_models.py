@@ -145,7 +145,11 @@ class OwnTokenizer(PreTrainedTokenizerFast):
     pass
 """
 LOADING = """
-import sys
+import socket, sys
+def refuse(*given, **named):
+    print("network:", given[-1], flush=True)
+    raise OSError("no network here")
+socket.socket.connect = socket.getaddrinfo = refuse
 from trainer.config import UserError
 from trainer.config.schema import Model, Tuning
 from trainer.data.tokenizer import load_tokenizer
@@ -175,8 +179,9 @@ def with_code(folder: Path, canary: Path, model_type: str) -> None:
 
 
 def loaded(switch: str, cache: Path, *folders: Path) -> list[str]:
-    """What became of the tokenizer and the network of each folder, in a process of their own."""
-    environment = {**os.environ, "HF_MODULES_CACHE": str(cache), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    """What became of the tokenizer and the network of each folder, in a process of their own that tells of every look
+    at a network: a folder needs none."""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(cache), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-c", LOADING, switch, *map(str, folders)]
     streams = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
     done = subprocess.run(command, env=environment, timeout=110, **streams)
