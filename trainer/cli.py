@@ -274,7 +274,6 @@ def main() -> None:
 
     keep_secrets(debug="--debug" in sys.argv)
     os.umask(os.umask(0o077) | 0o002)  # whatever the shell says, what a run writes is not for everybody to change
-    os.umask(os.umask(0o077) | 0o002)  # whatever the shell says, what a run writes is not for everybody to change
     logging.basicConfig(level=os.environ.get("TUNESMITH_LOG", "WARNING"), format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells every CPU run of kernels it could not download
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks transformers the old way

@@ -18,6 +18,7 @@ from trainer.checkpoint import load, newest
 from trainer.checkpoint.lease import NO_LEASE, NoLease
 from trainer.checkpoint.retention import scores_of
 from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.space import check_start
 from trainer.checkpoint.store import Store
 from trainer.config import Recipe, RunError, Stage, UserError, dump_recipe
 from trainer.config.changes import FLAG
@@ -98,6 +99,7 @@ class Run:
         self.loader = self.make_loader(self.stage_index)
         self.objective = build_objective(stage.objective)
         self.peak_lr = scaled_lr(stage.optimizer, stage.batch)
+        self.saver.copied()
         self.engine.configure(stage.optimizer, self.peak_lr)
         stopping = stage.until.early_stopping
         self.watcher = Watcher.from_settings(stopping) if stopping else None
@@ -146,6 +148,7 @@ class Run:
 
     def evaluate(self, suites: list[Any], watch: bool = True) -> None:
         """Evaluate the current weights on suites, record, and let the watchers see the metrics."""
+        self.saver.copied()  # the average may take the weights' place
         with self.ema.evaluated():
             results = self.evaluator.run(self.engine.model, self.step, "run", suites)
         metrics = {name: result["metrics"] for name, result in results.items()}
@@ -210,9 +213,13 @@ class Run:
     def resume(self) -> bool:
         """Go on from the newest good checkpoint, if there is one; returns whether there was.
 
-        Raises UserError where every checkpoint is bad: a run never starts from zero in silence.
+        Raises UserError where no checkpoint would fit on the disk, or where every one there is bad: a run never starts
+        from zero in silence.
         """
-        if not newest(self.folder / "checkpoints"):
+        optimizers = [stage.optimizer for stage in self.recipe.stages]
+        store = self.saver.store
+        check_start(store.folder, store.settings.keep, self.engine, self.world, optimizers, self.ema.shadows)
+        if not newest(store.folder):
             return False
         if self.recipe.checkpoint.keep_best and self.world.is_main:
             self.saver.scores = scores_of(read_rows(self.folder), self.recipe.checkpoint.metric)

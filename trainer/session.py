@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,22 +15,22 @@ from typing import Any
 
 from trainer.check import check_metrics, check_paths
 from trainer.checkpoint.lease import check_free, held
-from trainer.checkpoint.space import check_start
-from trainer.config import Recipe, UserError, load_recipe
+from trainer.config import Recipe, load_recipe
 from trainer.config.changes import Change, changes, check_changes
-from trainer.config.check import WHOLE_STATE
+from trainer.config.deepspeed import zero_stage
 from trainer.data.plan import Plan
 from trainer.data.prepare import Prepared, prepare
 from trainer.data.tokenizer import load_tokenizer, tokenizer_digest
-from trainer.engine import engine_kind
+from trainer.engine import check_engine, engine_kind
 from trainer.engine.base import Engine
 from trainer.evaluation.suites import Evaluator
 from trainer.heartbeat import phase
 from trainer.launched import RESTART
-from trainer.model.build import build_trainee, packs, parameter_counts
+from trainer.model.build import build_trainee, build_unread, packs, parameter_counts
 from trainer.model.files import base_digest
 from trainer.model.load import DTYPES
 from trainer.model.probes import verify_trainee
+from trainer.model.root import Trainee
 from trainer.optim import scaled_lr
 from trainer.run import Run, check_facts, check_output, write_recipe
 from trainer.tracking import Tracker, open_run, read_run
@@ -90,6 +90,7 @@ def open_session(
     tokenisation.
     """
     preflight(recipe)
+    check_engine(recipe, environment_world().size)
     before = standing(recipe, fresh=fresh, allow_data_change=allow_data_change)
     folder, world = Path(recipe.output), environment_world()
     phase("data")
@@ -102,7 +103,7 @@ def open_session(
     kind = engine_kind(recipe.engine, world.size)
     phase("load")
     with connected(world, alone=kind == "deepspeed"), held(folder, world, fresh=fresh) as lease:
-        trainee = build_trainee(recipe, tokenizer.pad_token_id)
+        trainee = load_trainee(recipe, tokenizer.pad_token_id, kind)
         facts = run_facts(recipe, tokenizer, sources)
         total, trainable = parameter_counts(trainee)
         packed = [packs(trainee, stage.batch.packing) for stage in recipe.stages]
@@ -119,42 +120,39 @@ def open_session(
                 packed=packed,
                 changes=recorded_changes(folder, before, allow_data_change),
                 attention=trainee.config._attn_implementation,
+                loading="sharded" if trainee.unread else "whole",
                 **facts,
             )
         world.barrier()
         engine = build_engine(recipe, trainee, kind, world)
         verify_trainee(trainee, recipe)
-        tracker = Tracker(
-            folder,
-            sum(steps_of(recipe, sources)),
-            wandb=recipe.tracking.wandb,
-            project=recipe.tracking.project,
-            config=recipe.model_dump(mode="json"),
-            console=console,
-            main=world.is_main,
-            guard=lease.check,
-        )
-        status = "failed"
+        tracker = build_tracker(recipe, sources, console=console, main=world.is_main, guard=lease.check)
         pad = tokenizer.pad_token_id
         run = Run(
             recipe, world, folder, engine, sources, evaluator, tracker, packed, pad, facts, allow_data_change, lease
         )
-        try:
+        with _recorded(run):
             run.stop.install()
-            optimizers = [stage.optimizer for stage in recipe.stages]
-            check_start(run.saver.store.folder, recipe.checkpoint.keep, engine, world, optimizers, run.ema.shadows)
             if reason := os.environ.get(RESTART):
                 run.tracker.event(run.step, "restart", reason)
             if run.resume() and before.changes:
                 run.tracker.event(run.step, "recipe_changed", "; ".join(str(change) for change in before.changes))
             yield run
-            status = run.status
-        except BaseException as error:
-            tracker.event(run.step, "failed", str(error) or type(error).__name__)
-            raise
-        finally:
-            run.saver.close()
-            tracker.close(status)
+
+
+@contextmanager
+def _recorded(run: Run) -> Iterator[None]:
+    """Close a run's saver and record, whatever happens; the record tells how it ended."""
+    status = "failed"
+    try:
+        yield
+        status = run.status
+    except BaseException as error:
+        run.tracker.event(run.step, "failed", str(error) or type(error).__name__)
+        raise
+    finally:
+        run.saver.close()
+        run.tracker.close(status)
 
 
 def recorded_changes(folder: Path, before: Standing, allow_data_change: bool) -> list[dict[str, Any]]:
@@ -179,6 +177,13 @@ def run_facts(recipe: Recipe, tokenizer: Any, sources: Prepared) -> dict[str, An
     }
 
 
+def load_trainee(recipe: Recipe, pad_id: int, kind: str) -> Trainee:
+    """The model as its engine takes it: whole, or with weights still in their files."""
+    if kind == "fsdp2" or (kind == "deepspeed" and zero_stage(recipe.engine.config) == 3):
+        return build_unread(recipe, pad_id)
+    return build_trainee(recipe, pad_id)
+
+
 def build_engine(recipe: Recipe, trainee: Any, kind: str, world: World) -> Engine:
     """The engine that the recipe names, with the first stage's optimizer."""
     first = recipe.stages[0]
@@ -186,25 +191,30 @@ def build_engine(recipe: Recipe, trainee: Any, kind: str, world: World) -> Engin
     if kind == "fsdp2":
         from trainer.engine.fsdp2 import FSDP2Engine  # 2 s of torch.distributed imports: only where it is used
 
-        if world.size == 1:
-            raise UserError("engine.kind: fsdp2: needs several processes; start with torchrun, or use `auto`")
-        for stage in recipe.stages:
-            if stage.optimizer.name in WHOLE_STATE:
-                raise UserError(
-                    f"optimizer.name: {stage.optimizer.name}: {WHOLE_STATE[stage.optimizer.name]}; use adamw or lion"
-                )
         return FSDP2Engine(trainee, first.optimizer, lr, recipe.engine, DTYPES[recipe.model.dtype], world)
     if kind == "deepspeed":
         from trainer.engine.deepspeed import DeepSpeedEngine  # optional, 2 s to import: only where it is named
 
         return DeepSpeedEngine(trainee, first.optimizer, lr, recipe.engine, DTYPES[recipe.model.dtype], world)
-    if recipe.engine.cpu_offload or not recipe.engine.reshard_after_forward:
-        raise UserError("engine: cpu_offload and reshard_after_forward: only read by fsdp2; start several processes")
-    if world.size > 1:
-        raise UserError(f"engine.kind: single: started on {world.size} processes; use `auto` or `fsdp2`")
     from trainer.engine.single import SingleEngine
 
     return SingleEngine(trainee, first.optimizer, lr, world, DTYPES[recipe.model.dtype])
+
+
+def build_tracker(
+    recipe: Recipe, sources: Prepared, *, console: bool, main: bool, guard: Callable[[], None]
+) -> Tracker:
+    """The record of a run; `guard` raises where the folder is another run's by now."""
+    return Tracker(
+        Path(recipe.output),
+        sum(steps_of(recipe, sources)),
+        wandb=recipe.tracking.wandb,
+        project=recipe.tracking.project,
+        config=recipe.model_dump(mode="json"),
+        console=console,
+        main=main,
+        guard=guard,
+    )
 
 
 def steps_of(recipe: Recipe, sources: Prepared) -> list[int]:

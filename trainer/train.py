@@ -88,6 +88,7 @@ def train_step(run: Run) -> StepReport:
     report.close(run.world)  # the sums of the whole step
     report.spike = run.spikes.judge(report.loss)
     report.applied = not (report.spike and run.spikes.forbids)
+    run.saver.copied()  # a save in flight has copied what changes now
     report.grad_norm = run.engine.step(run.lr_factor(), pull=run.anchor.pull, apply=report.applied)
     run.anchor.observe(run.engine.slots())  # SI measures the move
     run.ema.observe(run.engine.slots())

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from launch_cases import ROOT, command, events, is_alive, output, rank_pids, run, saved_steps, start, wait_for
 
+SLOW = pytest.mark.slow
 SIGNALS = [
     signal.SIGTERM,
     signal.SIGUSR1,
-    *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR2)),
+    pytest.param(signal.SIGINT, marks=SLOW),
+    pytest.param(signal.SIGUSR2, marks=SLOW),
 ]
 
 
@@ -165,7 +167,7 @@ def test_the_supervisors_death_leaves_no_orphan(tmp_path: Path) -> None:
     wait_for(lambda: not any(is_alive(pid) for pid in pids), seconds=5)
 
 
-@pytest.mark.parametrize("action", [pytest.param("hang", marks=pytest.mark.slow), "hold", "stop"])
+@pytest.mark.parametrize("action", [pytest.param("hang", marks=SLOW), "hold", "stop"])
 def test_a_hung_rank_is_found_and_named_and_all_stacks_are_kept(tmp_path: Path, action: str) -> None:
     folder = tmp_path / "run"
     assert run(folder, fault=f"step:step=3:rank=1:attempt=1:{action}", hang=1.0, seconds=0.01) == 0

@@ -75,23 +75,43 @@ class HostBuffer:
         self.bytes.numpy()[::PAGE] = 0
 
 
-class Snapshot:
-    """The whole file of a layout, copied on the current stream: later updates of the tensors do not change it."""
+def mark(device: torch.device) -> Any:
+    """The place in the GPU's current stream from which on the tensors hold what is to be copied; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
-    def __init__(self, layout: Layout, buffer: HostBuffer) -> None:
+
+class Snapshot:
+    """The whole file of a layout, copied: from here on updates of the tensors do not change it.
+
+    A thread may make it; then nothing may change the tensors before it is made. On a GPU the copy goes by a stream of its
+    own, beside the training, from the place of `after` on. Raises CheckpointError where a tensor changed meanwhile and
+    torch knows of it.
+    """
+
+    def __init__(self, layout: Layout, buffer: HostBuffer, after: Any = None) -> None:
         self.layout, self._bytes = layout, buffer.bytes
         self._views = _views(layout, buffer.bytes)
-        _copy(layout, self._views, buffer.bytes)
+        versions = [part.view._version for part in layout.entries]
+        if after is None:
+            _copy(layout, self._views, buffer.bytes)
+        else:
+            device = next((part.view.device for part in layout.entries if part.view.is_cuda), None)
+            stream = torch.cuda.Stream(device)
+            with torch.cuda.stream(stream):
+                stream.wait_event(after)
+                _copy(layout, self._views, buffer.bytes)
+            stream.synchronize()
         fail_point("snapshot")
-        self._copied: Any = None
-        if any(part.view.is_cuda for part in layout.entries):
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+        for part, version in zip(layout.entries, versions, strict=True):
+            if part.view._version != version:
+                raise CheckpointError(f"{part.label}: changed while it was copied: not saved")
 
     def write(self, path: Path) -> dict[str, Any]:
         """Write the file; returns {size, sha256}. Raises CheckpointError where a value is not finite."""
-        if self._copied is not None:
-            self._copied.synchronize()
         for part, view in zip(self.layout.entries, self._views, strict=True):
             check_finite(part, view)
         end = -(-self.layout.size // PAGE) * PAGE

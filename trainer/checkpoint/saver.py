@@ -1,4 +1,7 @@
-"""Saving in the background: training waits for a copy in host memory, a thread does the rest.
+"""Saving in the background: a thread copies the state to host memory, then checks, writes and publishes the copy.
+
+Training goes on meanwhile and waits for the copy only where it is about to change something: `copied`, before an update.
+A forward and a backward lie between, so on a GPU the copy costs next to nothing.
 
 The thread's agreement with the other ranks runs over a process group of its own (gloo), so it never meets a collective
 of the training; a rank that dies breaks its connections, and everybody's save fails. What the thread found is told by
@@ -21,11 +24,11 @@ from typing import Any
 
 from trainer import heartbeat
 from trainer.checkpoint.durable import clean
-from trainer.checkpoint.image import HostBuffer, Layout, Snapshot
+from trainer.checkpoint.image import HostBuffer, Layout, Snapshot, mark
 from trainer.checkpoint.lease import LeaseLostError
 from trainer.checkpoint.manifest import STEP_PREFIX, CheckpointError, step_name
 from trainer.checkpoint.ranges import Shadows, owned
-from trainer.checkpoint.store import Content, Store, direct, publish, tidy
+from trainer.checkpoint.store import Content, Counters, Store, direct, publish, tidy
 from trainer.config.errors import UserError
 from trainer.engine.base import Engine
 from trainer.world import World
@@ -86,6 +89,14 @@ class Saver:
             raise UserError(told[0][0])
         if told and flight is not None:
             self._count(flight.step, told[0][0])
+
+    def copied(self) -> None:
+        """Return once the save in flight has its copy. To be called before anything changes a weight or a moment."""
+        flight = self._flight
+        if flight is not None and not flight.copied.is_set():
+            started = time.perf_counter()
+            flight.copied.wait()
+            flight.blocking += time.perf_counter() - started
 
     def poll(self) -> None:
         """Tell of a save that has succeeded. No collective: each rank may find that at another step."""
@@ -191,28 +202,35 @@ class Saver:
 
     def _begin(self, step: int, engine: Engine, state: Mapping[str, Any], shadows: Shadows) -> None:
         started = time.perf_counter()
-        kept = copy.deepcopy(dict(state))
-        content: Content | Exception
+        kept, after = copy.deepcopy(dict(state)), mark(self.world.device)
+        held: tuple[Layout, Counters] | Exception
         try:
-            content = self._snapshot(engine, shadows)
-        except (CheckpointError, UserError, MemoryError, OSError) as error:
-            content = error  # this rank's; raised where all ranks learn of it
+            parts, steps = owned(engine, shadows)
+            held = Layout(parts), steps
+        except (CheckpointError, UserError) as error:
+            held = error  # this rank's; raised where all ranks learn of it
 
-        def make() -> Content:
-            if isinstance(content, Exception):
-                raise content
-            return content
+        def work(copied: threading.Event) -> None:
+            content: Content | Exception
+            try:
+                content = held if isinstance(held, Exception) else self._snapshot(*held, after)
+            except Exception as error:  # noqa: BLE001  as above
+                content = error
+            finally:
+                copied.set()
 
-        def work() -> None:
+            def make() -> Content:
+                if isinstance(content, Exception):
+                    raise content
+                return content
+
             publish(self.store, step, make, self._apart, kept, list(shadows))
             if self.world.is_main:
                 tidy(self.store, step, self.scores)
 
         self._flight = _Flight(step, work, started)
 
-    def _snapshot(self, engine: Engine, shadows: Shadows) -> Content:
-        parts, steps = owned(engine, shadows)
-        layout = Layout(parts)
+    def _snapshot(self, layout: Layout, steps: Counters, after: Any) -> Content:
         if self._touching is not None:
             self._touching.join()  # it writes into the same memory
         if self._buffer is None or self._buffer.bytes.numel() < layout.size:
@@ -220,7 +238,7 @@ class Saver:
                 self._buffer.release()
             self._buffer = None  # the old one goes before the new one comes
             self._buffer = HostBuffer(layout.size, self.world.device)
-        return Content(Snapshot(layout, self._buffer), steps)
+        return Content(Snapshot(layout, self._buffer, after), steps)
 
     def _now(
         self, step: int, engine: Engine, state: Mapping[str, Any], shadows: Shadows, *, last: bool | None = None
@@ -262,10 +280,11 @@ class Saver:
 class _Flight:
     """A save in the background."""
 
-    def __init__(self, step: int, work: Callable[[], None], started: float) -> None:
+    def __init__(self, step: int, work: Callable[[threading.Event], None], started: float) -> None:
         self.step, self.patience = step, PATIENCE
         self.error: Exception | None = None
         self.done = False
+        self.copied = threading.Event()
         self.seconds = 0.0
         self._work, self._started = work, started
         self.thread = threading.Thread(target=self._run, name=f"checkpoint-{step}", daemon=True)
@@ -274,7 +293,7 @@ class _Flight:
 
     def _run(self) -> None:
         try:
-            self._work()
+            self._work(self.copied)
         except Exception as error:  # noqa: BLE001  kept for the main thread, which tells and raises it
             self.error = error
         self.seconds = time.perf_counter() - self._started

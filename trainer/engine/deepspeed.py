@@ -187,6 +187,8 @@ def read_partitions(model: Trainee, config: dict[str, Any], world: World) -> Non
             held = max(0, min(part.numel(), parameter.ds_numel - start))
             model.unread[name].read(part[:held], start)
             part[held:].zero_()
+    for buffer in model.buffers():  # of a model that comes partitioned DeepSpeed moves nothing else
+        buffer.data = buffer.data.to(init.local_device)
     model.unread.clear()
 
 

@@ -16,31 +16,58 @@ from trainer.model.load import load_network
 from trainer.model.lora_fused import fuse_lora
 from trainer.model.methods import apply_method
 from trainer.model.root import Trainee
+from trainer.model.sharded import CannotShard, unread_parameters
 
 log = logging.getLogger(__name__)
 
 _NOTHING: AbstractContextManager[Any] = nullcontext()
 
 
-def build_trainee(recipe: Recipe, pad_id: int, within: AbstractContextManager[Any] = _NOTHING) -> Trainee:
+def build_trainee(
+    recipe: Recipe,
+    pad_id: int,
+    within: AbstractContextManager[Any] = _NOTHING,
+    masters: bool = True,
+    sharded: bool = False,
+) -> Trainee:
     """load -> attention -> dropout -> method -> activation checkpointing -> root; on the CPU, unsharded.
 
     `within` is entered for the loading: an engine may place the weights there as they come. No forward is run:
-    `probes.verify_trainee` does that once the engine has the model.
+    `probes.verify_trainee` does that once the engine has the model. Without `masters` what trains is not held in fp32.
+    With `sharded` weights stay in their files, for the engine to read its part of `Trainee.unread`; raises CannotShard.
     """
     settings = recipe.model
     with within:
-        network: Any = load_network(settings, recipe.tuning, recipe.seed)
+        network: Any = load_network(settings, recipe.tuning, recipe.seed, masters, sharded)
     network.config.pad_token_id = pad_id
     choose_attention(network, recipe)
     layers = blocks(network)
     set_dropout(network, settings, layers)
-    network = apply_method(network, recipe.tuning, layers, recipe.seed)
+    network = apply_method(network, recipe.tuning, layers, recipe.seed, masters)
     log.info("LoRA layers fused: %d", fuse_lora(network) if recipe.tuning.method == "lora" else 0)
     if recipe.engine.activation_checkpointing:
         base = getattr(network, "get_base_model", lambda: network)()
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    return Trainee(network).train()
+    trainee = Trainee(network).train()
+    if sharded:
+        trainee.unread = unread_parameters(trainee)
+    return trainee
+
+
+def build_unread(recipe: Recipe, pad_id: int) -> Trainee:
+    """A trainee whose weights stay in their files, as `engine.loading` has it; `auto` loads whole what it must.
+
+    Raises UserError for `sharded` where that cannot be proved to give the same weights.
+    """
+    if recipe.engine.loading == "whole":
+        return build_trainee(recipe, pad_id)
+    try:
+        return build_trainee(recipe, pad_id, sharded=True)
+    except CannotShard as reason:
+        if recipe.engine.loading == "sharded":
+            raise UserError(f"engine.loading: sharded: {reason}; use `whole`") from reason
+        log.info("every rank loads the whole base model: %s", reason)
+        return build_trainee(recipe, pad_id)
 
 
 def choose_attention(network: Any, recipe: Recipe) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from trainer.config import UserError
 from trainer.config.schema import Tuning
+from trainer.model.sharded import widened
 
 Method = Callable[[nn.Module, Tuning, list[nn.Module]], nn.Module]
 
@@ -68,16 +69,18 @@ def lora(network: nn.Module, tuning: Tuning, blocks: list[nn.Module]) -> nn.Modu
 METHODS: dict[str, Method] = {"full": full, "last-layers": last_layers, "lora": lora}
 
 
-def apply_method(network: nn.Module, tuning: Tuning, blocks: list[nn.Module], seed: int) -> nn.Module:
-    """The network with the recipe's method on it; trainable parameters are kept in fp32 as masters.
+def apply_method(
+    network: nn.Module, tuning: Tuning, blocks: list[nn.Module], seed: int, masters: bool = True
+) -> nn.Module:
+    """The network with the recipe's method on it; trainable parameters are kept in fp32 as `masters`.
 
     New parameters are drawn from the seed, so every rank draws the same.
     """
     torch.manual_seed(seed)
     network = METHODS[tuning.method](network, tuning, blocks)
     for parameter in network.parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            parameter.data = parameter.data.float()
+        if masters and parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = widened(parameter.data)
     if not any(p.requires_grad for p in network.parameters()):
         raise UserError(f"tuning.method: {tuning.method}: leaves nothing trainable; check `targets` or `layers`")
     return network
