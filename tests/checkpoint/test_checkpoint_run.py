@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trainer import fault
-from trainer.checkpoint import newest, verify
+from trainer.checkpoint import image, newest, verify
 from trainer.checkpoint.lease import LEASES
 from trainer.config import RunError, UserError, build_recipe
 from trainer.fault import FAIL_POINT
 from trainer.session import open_session
 from trainer.tracking import read_rows, read_run
 from trainer.train import train
+
+
+@pytest.fixture(autouse=True)
+def no_passings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another test may have passed the same points in this process."""
+    monkeypatch.setattr(fault, "_passed", {})
 
 
 def recipe_for(folder: Path, model: Path, data: Path, **changes: Any) -> dict[str, Any]:
@@ -58,6 +65,35 @@ def test_checkpoints_in_the_background_are_all_there_and_told(tmp_path: Path, ti
     assert verify(newest(folder / "checkpoints")[0]).generation == 2
 
 
+def test_a_slow_copy_is_of_one_state(tmp_path: Path, tiny_folder: Path, chats: Path, monkeypatch) -> None:
+    """Forward and backward go on beside the copy; the update, the next stage and the average's evaluation wait."""
+    copying, delays = image._copy, []
+
+    def slow(*arguments: Any) -> None:
+        delays.append(time.sleep(0.15))
+        copying(*arguments)
+
+    monkeypatch.setattr(image, "_copy", slow)
+    stages = [{"name": name, "until": {"steps": 4, "epochs": None}} for name in ("one", "two")]
+    changes = {
+        "tuning": {"method": "full"},
+        "stages": stages,
+        "ema": {"decay": 0.9, "evaluate": True},
+        "sources": {name: {"path": str(chats), "format": "messages"} for name in ("chats", "held")},
+        "evaluation": {"every": 3, "suites": [{"name": "held", "source": "held"}], "baseline": "none"},
+    }
+    for name, asynchronous in (("later", True), ("now", False)):
+        checkpoint = {"every": 1, "keep": 9, "asynchronous": asynchronous}
+        run_through(recipe_for(tmp_path / name, tiny_folder, chats, checkpoint=checkpoint, **changes))
+    assert len(delays) == 8
+    for step in range(1, 9):
+        paths = [tmp_path / name / "checkpoints" / f"step-{step:08d}" for name in ("later", "now")]
+        files = [{file.name: file.read_bytes() for file in path.glob("*.safetensors")} for path in paths]
+        assert files[0] == files[1] and files[0]
+    losses = [[row["loss"] for row in read_rows(tmp_path / n) if row["kind"] == "step"] for n in ("later", "now")]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
 def test_a_save_that_fails_is_told_and_the_run_goes_on(
     tmp_path: Path, tiny_folder: Path, chats: Path, monkeypatch
 ) -> None:
@@ -75,7 +111,6 @@ def test_at_the_limit_of_failures_in_a_row_the_run_stops(
     tmp_path: Path, tiny_folder: Path, chats: Path, monkeypatch, asynchronous: bool
 ) -> None:
     folder = tmp_path / "run"
-    monkeypatch.setattr(fault, "_passed", {})  # the other case has passed the same points in this process
     monkeypatch.setenv(FAIL_POINT, "staged:step=4:broken;staged:step=6:broken")
     settings = {"every": 2, "failure_limit": 2, "asynchronous": asynchronous}
     with pytest.raises(RunError, match=r"step 6: checkpoints fail, 2 in a row: .*Input/output error") as error:

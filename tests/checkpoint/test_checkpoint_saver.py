@@ -91,6 +91,40 @@ def test_what_is_published_is_the_state_at_the_time_of_the_save(tmp_path: Path, 
     assert logical([target]) == expected
 
 
+def test_training_waits_for_the_copy_where_it_would_change_it(tmp_path: Path, monkeypatch) -> None:
+    let, copying = threading.Event(), image._copy
+
+    def held_copy(*arguments: Any) -> None:
+        assert let.wait(20)
+        copying(*arguments)
+
+    monkeypatch.setattr(image, "_copy", held_copy)
+    engine, events = single(), Events()
+    saver = Saver(Store(tmp_path), World(), events)
+    saver.copied()  # nothing is in flight
+    train(engine, 2)
+    expected = logical([engine])
+    started = time.perf_counter()
+    saver.save(2, engine, {})
+    assert time.perf_counter() - started < 0.2
+    threading.Timer(0.3, let.set).start()
+    saver.copied()
+    assert time.perf_counter() - started >= 0.3
+    train(engine, 1, first=2)
+    saver.wait()
+    assert events.named("checkpoint")[0][1]["blocking"] >= 0.3
+    target = single(1)
+    load(tmp_path, target, World())
+    assert logical([target]) == expected
+    let.clear()
+    saver.save(3, engine, {})
+    train(engine, 1, first=3)  # does not wait: the copy would be of two states
+    let.set()
+    saver.wait()
+    assert "changed while it was copied" in events.named("checkpoint_failed")[0][1]["error"]
+    assert [path.name[-1] for path in newest(tmp_path)] == ["2"]
+
+
 def test_both_ways_of_saving_write_the_same_bytes(tmp_path: Path) -> None:
     source = single()
     train(source, 3)

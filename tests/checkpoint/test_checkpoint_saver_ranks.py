@@ -38,6 +38,7 @@ def beside_training(rank: int, root: str) -> None:
             saver = Saver(store, world, lambda *event, events=events: events.append(event))
             running, losses = engine(world), []
             for step in range(6):
+                saver.copied()
                 losses += train(running, world, step, 1)
                 saver.reserve(running)
                 saver.save(step + 1, running, {"step": step + 1})

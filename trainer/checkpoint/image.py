@@ -87,9 +87,9 @@ def mark(device: torch.device) -> Any:
 class Snapshot:
     """The whole file of a layout, copied: from here on updates of the tensors do not change it.
 
-    A thread may make it; then nothing may change the tensors before it is made. On a GPU the copy goes by a stream of its
-    own, beside the training, from the place of `after` on. Raises CheckpointError where a tensor changed meanwhile and
-    torch knows of it.
+    A thread may make it; then nothing may change the tensors before it is made. On a GPU the copy goes by a stream of
+    its own, beside the training, from the place of `after` on. Raises CheckpointError where a tensor changed meanwhile
+    and torch knows of it.
     """
 
     def __init__(self, layout: Layout, buffer: HostBuffer, after: Any = None) -> None:

@@ -1,7 +1,7 @@
 """Saving in the background: a thread copies the state to host memory, then checks, writes and publishes the copy.
 
-Training goes on meanwhile and waits for the copy only where it is about to change something: `copied`, before an update.
-A forward and a backward lie between, so on a GPU the copy costs next to nothing.
+Training goes on meanwhile and waits for the copy only where it is about to change something: `copied`, before an
+update. A forward and a backward lie between.
 
 The thread's agreement with the other ranks runs over a process group of its own (gloo), so it never meets a collective
 of the training; a rank that dies breaks its connections, and everybody's save fails. What the thread found is told by

@@ -60,7 +60,7 @@ class Engine(Section):
     )
     config: str | None = Field(
         None,
-        description="deepspeed: what DeepSpeed alone knows, as JSON: a file, or a name in ds_configs such as `zero2`.",
+        description="deepspeed: what DeepSpeed alone knows, as JSON: a file, or a name in ds_configs; null: `zero2`.",
     )
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward: less memory.")
     cpu_offload: bool = Field(False, description="fsdp2: parameters, gradients and optimizer live in host memory.")

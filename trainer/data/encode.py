@@ -39,6 +39,10 @@ class TooLong:
     sure: bool = True  # False: only a lower bound
 
 
+Example = Encoded | TooLong | UserError
+Chat = Rendered | TooLong | UserError
+
+
 class Encoder:
     """Encodes the records of one source for one objective.
 
@@ -59,17 +63,17 @@ class Encoder:
         # A token never stands for more characters than its own text is long.
         self.longest_token = max(map(len, tokenizer.get_vocab()), default=1)
 
-    def encode(self, records: Sequence[Record]) -> list[Encoded | TooLong | UserError]:
+    def encode(self, records: Sequence[Record], chats: Sequence[Chat] | None = None) -> list[Example]:
         """An example for each record, in order; a record's own fault is given in its place.
 
-        Raises TokenizerFault for what is no record's fault.
+        ``chats``: what `chats` gave of these records. Raises TokenizerFault for what is no record's fault.
         """
         self._tokenise_together(records)
-        results: list[Encoded | TooLong | UserError | None] = []
+        results: list[Example | None] = []
         rendered: list[tuple[int, Rendered]] = []
-        chats = iter(self._chats([record for record in records if record.messages is not None]))
+        texts = iter(self.chats(records) if chats is None else chats)
         for record in records:
-            result = next(chats) if record.messages is not None else self._one(record)
+            result = next(texts) if record.messages is not None else self._one(record)
             if isinstance(result, Rendered):
                 rendered.append((len(results), result))
             results.append(None if isinstance(result, Rendered) else result)
@@ -92,11 +96,15 @@ class Encoder:
             given = self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
             self.known = {text: np.array(ids, np.int32) for text, ids in zip(texts, given, strict=True)}
 
-    def _chats(self, records: Sequence[Record]) -> list[Rendered | TooLong | UserError]:
-        """The text of each conversation, to be tokenised with its neighbours, or its own fault."""
-        if not records:
+    def chats(self, records: Sequence[Record]) -> list[Chat]:
+        """The text of each record that is a conversation, to be tokenised with its neighbours, or its own fault.
+
+        Waits for another process most of the time, so that a thread may ask for the next records meanwhile. Raises
+        TokenizerFault.
+        """
+        conversations = [_conversation(record) for record in records if record.messages is not None]
+        if not conversations:
             return []
-        conversations = [_conversation(record) for record in records]
         chats = renderer.render(self.dialect, conversations, self.train_on)
         return [chat if isinstance(chat, UserError) else self._surely_long(len(chat.text)) or chat for chat in chats]
 

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -14,8 +14,8 @@ from typing import Any
 
 from trainer.config.errors import RunError, UserError
 from trainer.config.schema import Source
-from trainer.data.encode import Encoded, Encoder, TooLong
-from trainer.data.formats import to_record
+from trainer.data.encode import Chat, Encoded, Encoder, TooLong
+from trainer.data.formats import Record, to_record
 from trainer.data.readers import BadRow, Row
 from trainer.heartbeat import beat
 from trainer.signals import die_with_parent
@@ -55,16 +55,14 @@ def process(rows: Iterable[Row | BadRow], job: Job, tokenizer: Any) -> Iterator[
     """
     rows = iter(rows)
     alone = _Worker(job, tokenizer)
-    for chunk in _chunks(islice(rows, ALONE)):
-        yield from zip(chunk, alone.results(chunk), strict=True)
+    yield from alone.stream(_chunks(islice(rows, ALONE)))
     rest = _chunks(rows)
     first = next(rest, None)
     if first is None:
         return
     workers = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
     if workers < 2:
-        for chunk in chain([first], rest):
-            yield from zip(chunk, alone.results(chunk), strict=True)
+        yield from alone.stream(chain([first], rest))
         return
     yield from _spread(chain([first], rest), job, tokenizer, workers)
 
@@ -99,27 +97,52 @@ def _spread(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@dataclass(frozen=True)
+class _Read:
+    """Rows before they are tokenised: a fault of each row, or None and, in order, its record."""
+
+    faults: list[str | None]
+    records: list[Record]
+    chats: list[Chat]
+
+
 class _Worker:
     def __init__(self, job: Job, tokenizer: Any) -> None:
         self.job = job
         self.encoder = Encoder(tokenizer, job.source, job.objective, job.max_length, job.key)
 
-    def results(self, rows: list[Row | BadRow]) -> list[Result]:
-        """A result for each row, in order."""
-        results: list[Result | None] = []
+    def stream(self, chunks: Iterable[list[Row | BadRow]]) -> Iterator[tuple[Row | BadRow, Result]]:
+        """(row, result) for every row; while one chunk is tokenised, the next one's chat templates run elsewhere."""
+        with ThreadPoolExecutor(1) as ahead:
+            waiting: tuple[list[Row | BadRow], Future[_Read]] | None = None
+            for chunk in chunks:
+                coming = chunk, ahead.submit(self.read, chunk)
+                if waiting is not None:
+                    yield from zip(waiting[0], self.finish(waiting[1].result()), strict=True)
+                waiting = coming
+            if waiting is not None:
+                yield from zip(waiting[0], self.finish(waiting[1].result()), strict=True)
+
+    def read(self, rows: list[Row | BadRow]) -> _Read:
+        """The rows as records and, of conversations, their text."""
+        faults: list[str | None] = []
         records = []
         for row in rows:
             try:
                 if isinstance(row, BadRow):
-                    results.append(row.message)
+                    faults.append(row.message)
                     continue
                 records.append(to_record(row, self.job.source, self.job.labels, self.job.objective == "supervised"))
-                results.append(None)
+                faults.append(None)
             except UserError as error:
-                results.append(str(error))
-        encoded = iter(self.encoder.encode(records))
-        filled = (next(encoded) if result is None else result for result in results)
-        return [str(result) if isinstance(result, UserError) else result for result in filled]
+                faults.append(str(error))
+        return _Read(faults, records, self.encoder.chats(records))
+
+    def finish(self, read: _Read) -> list[Result]:
+        """A result for each row, in order."""
+        encoded = iter(self.encoder.encode(read.records, read.chats))
+        results = (next(encoded) if fault is None else fault for fault in read.faults)
+        return [str(result) if isinstance(result, UserError) else result for result in results]
 
 
 _worker: _Worker | None = None  # of a spawned process, which serves one job
@@ -134,4 +157,4 @@ def _start(job: Job, tokenizer: Any) -> None:
 
 def _work(rows: list[Row | BadRow]) -> list[Result]:
     assert _worker is not None
-    return _worker.results(rows)
+    return _worker.finish(_worker.read(rows))

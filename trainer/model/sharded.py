@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class InFile:
             file.seek(self.stored.start + start * kind.itemsize)
             for values in part.split(CHUNK_BYTES // kind.itemsize):
                 chunk = torch.empty(values.numel(), dtype=kind)
-                if file.readinto(chunk.view(torch.uint8).numpy()) != chunk.nbytes:
+                if file.readinto(chunk.view(torch.uint8).numpy().data) != chunk.nbytes:
                     raise OSError(f"{self.stored.file}: ended within a tensor: it changed while it was read")
                 values.copy_(chunk.to(self.dtype))
 
@@ -118,7 +118,7 @@ def _check_conversions(shell: nn.Module, tensors: Mapping[str, Stored]) -> None:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    converters = [c for c in get_model_conversion_mapping(shell) if isinstance(c, WeightConverter)]
+    converters = [c for c in get_model_conversion_mapping(cast(Any, shell)) if isinstance(c, WeightConverter)]
     for name in tensors:
         if any(converter.rename_source_key(name)[1] is not None for converter in converters):
             raise CannotShard(f"{name} is regrouped with others on loading")
