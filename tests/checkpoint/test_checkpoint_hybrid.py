@@ -29,15 +29,15 @@ def exchange(rank: int, shard_size: int, root: str) -> None:
             return FSDP2Engine(trainee("full", seed), SETTINGS, 1e-2, settings, torch.float32, world)
 
         first = engine(1)
-        train(first, world, 70, 1)
+        train(first, world, 70, 1, 4)
         assert load(folder / "one", first, world).step == 2
         save(folder / "many", 2, first, world, {})
-        train(first, world, 2, 2)
+        train(first, world, 2, 2, 4)
         save(folder / "many", 4, first, world, {})
-        onward = train(first, world, 4, 2)
+        onward = train(first, world, 4, 2, 4)
         again = engine(2)
         assert load(folder / "many", again, world).step == 4
-        assert train(again, world, 4, 2) == onward
+        assert train(again, world, 4, 2, 4) == onward
         if world.is_main:
             (folder / "onward.json").write_text(json.dumps(onward))
 
@@ -45,7 +45,7 @@ def exchange(rank: int, shard_size: int, root: str) -> None:
 @pytest.mark.parametrize(("ranks", "shard_size"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_replicas_are_written_once_and_read_by_all(tmp_path: Path, ranks: int, shard_size: int) -> None:
     source = SingleEngine(trainee("full", 0), SETTINGS, 1e-2, World())
-    train(source, World(), 0, 2)
+    train(source, World(), 0, 2, 4)
     save(tmp_path / "one", 2, source, World(), {})
     run_ranks(ranks, exchange, shard_size, str(tmp_path))
     assert contents(tmp_path / "many" / "step-00000002") == contents(tmp_path / "one" / "step-00000002")
@@ -59,4 +59,4 @@ def test_replicas_are_written_once_and_read_by_all(tmp_path: Path, ranks: int, s
     save(tmp_path / "back", 4, back, World(), {})
     assert contents(tmp_path / "back" / "step-00000004") == contents(newest(tmp_path / "many")[0])
     onward = json.loads((tmp_path / "onward.json").read_text())
-    assert train(back, World(), 4, 2) == pytest.approx(onward, rel=1e-6)
+    assert train(back, World(), 4, 2, 4) == pytest.approx(onward, rel=1e-6)

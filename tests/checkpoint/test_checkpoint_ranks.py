@@ -54,16 +54,16 @@ def batch_of(seed: int) -> Batch:
     )
 
 
-def train(engine: Any, world: World, first: int, steps: int) -> list[float]:
-    """Global losses of steps over two micro-batches dealt to the ranks."""
+def train(engine: Any, world: World, first: int, steps: int, micros: int = 2) -> list[float]:
+    """Global losses of steps over micro-batches dealt to the ranks, at least one to each."""
     losses = []
     for step in range(first, first + steps):
         total = 0.0
-        mine = [batch_of(10 * step + micro) for micro in range(2)][world.rank :: world.size]
+        mine = [batch_of(10 * step + micro) for micro in range(micros)][world.rank :: world.size]
         for index, batch in enumerate(mine):
 
             def loss_of(selected: Tensor, head: nn.Module, batch: Batch = batch) -> Tensor:
-                return F.cross_entropy(head(selected), batch.targets, reduction="sum") / 28
+                return F.cross_entropy(head(selected), batch.targets, reduction="sum") / (14 * micros)
 
             loss = engine.model(batch, loss_of)
             engine.backward(loss, last=index == len(mine) - 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -81,23 +80,25 @@ def test_sharded_and_whole_loading_train_to_the_same_bits(tmp_path: Path) -> Non
     assert json.loads((tmp_path / "done.json").read_text()) == list(CASES)
 
 
-def bytes_read() -> int:
-    """By this process, mapped pages aside (Linux)."""
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return int(dict(line.split(": ") for line in lines)["rchar"])
+def figure(file: str, key: str) -> int:
+    """A count that Linux keeps of this process; kB lines are given in bytes."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self", file).read_text().splitlines())
+    value, _, unit = lines[key].strip().partition(" ")
+    return int(value) * (1024 if unit else 1)
 
 
 def measure(rank: int, small: str, large: str, out: str) -> None:
-    """Growth of this rank's memory peak, and what it read, from the recipe to the engine."""
+    """How far this rank's memory rises, and what it reads (mapped pages aside), from the recipe to the engine."""
     with connected(environment_world()) as world:
         rows = []
-        for loading in ("sharded", "whole"):  # a peak never falls: the smaller one first
+        for loading in ("sharded", "whole"):
             start(recipe(small, loading, CASES["full"]), world)  # imports, buffers of the process group
-            peak, read = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, bytes_read()
+            Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+            resident, read = figure("status", "VmRSS"), figure("io", "rchar")
             engine = start(recipe(large, loading, CASES["full"]), world)
-            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024
+            risen = figure("status", "VmHWM") - resident
             held = sum(p.to_local().nbytes for p in engine.model.parameters())
-            rows.append({"grown": grown, "read": bytes_read() - read, "held": held})
+            rows.append({"risen": risen, "read": figure("io", "rchar") - read, "held": held})
             del engine
         Path(out, f"{rank}.json").write_text(json.dumps(rows))
 
@@ -113,5 +114,5 @@ def test_no_rank_ever_holds_or_reads_the_whole_model(tmp_path: Path) -> None:
         sharded, whole = json.loads((tmp_path / f"{rank}.json").read_text())
         assert sharded["held"] == pytest.approx(size / 2, rel=0.01)
         assert size / 2 * 0.99 < sharded["read"] < size / 2 * 1.1
-        assert size / 2 * 0.9 < sharded["grown"] < size / 2 * 1.4  # a chunk of 16 MB beside the shards
-        assert whole["grown"] > size * 0.9  # so the measure would see it
+        assert size / 2 * 0.9 < sharded["risen"] < size / 2 * 1.4  # a chunk of 16 MB beside the shards
+        assert whole["risen"] > size * 0.9  # so the measure would see it
