@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import Recipe, Source, Stage, UserError, dump_recipe
+from trainer.config.check import ENGINE_READERS
 from trainer.config.check_sources import is_local
 from trainer.config.memory import estimate
 from trainer.config.model_facts import ModelFacts, UnknownModel, check_gguf, model_facts
@@ -182,8 +183,13 @@ def warnings(
         if sum(lost.values()) > MUCH_CUT * max(count["rows"], 1):
             told = ", ".join(f"{value} {key}" for key, value in lost.items())
             found.append(f"sources.{name}: {told} of {count['rows']} rows left out")
-    if recipe.engine.kind == "auto" and (recipe.engine.cpu_offload or not recipe.engine.reshard_after_forward):
-        found.append("engine: cpu_offload and reshard_after_forward act under several processes only (fsdp2)")
+    if recipe.engine.kind == "auto":
+        found += [
+            f"engine.{field}: is read under several processes only (fsdp2)"
+            for field, readers in ENGINE_READERS.items()
+            if "fsdp2" in readers
+            and getattr(recipe.engine, field) != type(recipe.engine).model_fields[field].get_default()
+        ]
     if recipe.engine.kind == "auto" and any(stage.optimizer.name == "muon" for stage in recipe.stages):
         found.append("optimizer.name: muon needs one process; several take fsdp2, which refuses it")
     if facts is not None and recipe.tuning.method == "last-layers" and (recipe.tuning.layers or 0) > facts.layers:

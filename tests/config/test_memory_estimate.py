@@ -241,8 +241,19 @@ def test_sharding_by_hand(folder: Path) -> None:
     assert found.parts["gathered weights"] == 2 * (root + 2 * BLOCK)
     kept = recipe_for(folder, {"method": "full"}, "bfloat16", engine={"reshard_after_forward": False})
     assert gathered_bytes(kept, facts, parameters(kept, facts)) == 2 * facts.parameters
-    assert found.loading == 4 * facts.parameters  # every rank loads the whole before it shards
+    assert found.loading == 4 * facts.parameters // 2  # each rank reads its own shards
+    whole = recipe_for(folder, {"method": "full"}, "bfloat16", engine={"loading": "whole"})
+    assert estimate(whole, facts, 2).loading == 4 * facts.parameters
     assert estimate(recipe, facts, 3).parts["trainable weights (fp32)"] > 4 * facts.parameters // 3  # rows are not cut
+
+
+def test_hybrid_sharding_and_prefetch_by_hand(folder: Path) -> None:
+    recipe = recipe_for(folder, {"method": "full"}, "bfloat16", engine={"shard_size": 2, "prefetch": 2})
+    facts = model_facts(recipe.model)
+    found = estimate(recipe, facts, 8)
+    assert found.parts["trainable weights (fp32)"] == 4 * facts.parameters // 2  # not 8
+    assert found.parts["optimizer state"] == 8 * facts.parameters // 2
+    assert found.parts["gathered weights"] == 2 * (facts.parameters - 4 * BLOCK + 3 * BLOCK)
 
 
 def test_offload_moves_the_state_to_the_host(folder: Path) -> None:

@@ -127,11 +127,12 @@ def estimate(recipe: Recipe, facts: ModelFacts, ranks: int = 1, device: str = "c
     """The memory of the largest stage on each of `ranks` devices: fsdp2 shards over several, single uses one."""
     held = parameters(recipe, facts)
     sharded = ranks > 1
+    shards = min(ranks, recipe.engine.shard_size or ranks)  # of one copy of the model
     kept = {
-        "frozen weights": _frozen_bytes(recipe, facts, held.frozen, ranks),
-        "trainable weights (fp32)": MASTER * _local(held.trainable, ranks),
-        "gradients (fp32)": MASTER * _local(held.trainable, ranks),
-        "optimizer state": max(optimizer_bytes(stage.optimizer, held.trainable, ranks) for stage in recipe.stages),
+        "frozen weights": _frozen_bytes(recipe, facts, held.frozen, shards),
+        "trainable weights (fp32)": MASTER * _local(held.trainable, shards),
+        "gradients (fp32)": MASTER * _local(held.trainable, shards),
+        "optimizer state": max(optimizer_bytes(stage.optimizer, held.trainable, shards) for stage in recipe.stages),
     }
     host: dict[str, int] = {}
     if sharded and recipe.engine.cpu_offload:
@@ -155,8 +156,9 @@ def estimate(recipe: Recipe, facts: ModelFacts, ranks: int = 1, device: str = "c
     stages: list[dict[str, int]] = [_step_bytes(recipe, stage, facts, held, ranks, device) for stage in recipe.stages]
     largest: dict[str, int] = max(stages, key=_total)
     work.update(largest)
-    update = max(_update_bytes(stage.optimizer, held.trainable, ranks) for stage in recipe.stages)
-    loading = _frozen_bytes(recipe, facts, held.frozen, 1) + MASTER * count(held.trainable)
+    update = max(_update_bytes(stage.optimizer, held.trainable, shards) for stage in recipe.stages)
+    parts = shards if sharded and _read_in_parts(recipe) else 1
+    loading = _frozen_bytes(recipe, facts, held.frozen, parts) + MASTER * _local(held.trainable, parts)
     return Memory(
         ranks=ranks,
         parameters=held.total,
@@ -166,6 +168,13 @@ def estimate(recipe: Recipe, facts: ModelFacts, ranks: int = 1, device: str = "c
         total=sum(kept.values()) - gradients + max(sum(work.values()) + repeated * gradients, gradients + update),
         loading=0 if offloaded else loading,
     )
+
+
+def _read_in_parts(recipe: Recipe) -> bool:
+    """Whether each rank reads its own shards alone; an old form of stored experts, which does not allow it, aside."""
+    model = recipe.model
+    whole = model.quantization != "none" or model.path.endswith(".gguf") or model.trust_remote_code
+    return recipe.engine.loading != "whole" and not whole
 
 
 def _local(shapes: Shapes, ranks: int) -> int:
@@ -220,7 +229,7 @@ def _update_bytes(optimizer: Optimizer, trainable: Shapes, ranks: int) -> int:
 
 
 def gathered_bytes(recipe: Recipe, facts: ModelFacts, held: Parameters) -> int:
-    """Whole weights that FSDP2 has in hand: the root group, and the largest block twice (the next is fetched ahead), or
+    """Whole weights that FSDP2 has in hand: the root group, and the largest block with those fetched ahead of it, or
     every block where nothing is resharded after the forward."""
     blocks: dict[int | None, float] = {}
     for name, shape in (held.frozen | held.trainable).items():
@@ -229,7 +238,7 @@ def gathered_bytes(recipe: Recipe, facts: ModelFacts, held: Parameters) -> int:
         block = facts.block_of(name)
         blocks[block] = blocks.get(block, 0.0) + math.prod(shape) * width
     root = blocks.pop(None, 0.0)
-    inner = 2 * max(blocks.values(), default=0.0)
+    inner = min(1 + recipe.engine.prefetch, len(blocks)) * max(blocks.values(), default=0.0)
     return round(root + (inner if recipe.engine.reshard_after_forward else sum(blocks.values())))
 
 
