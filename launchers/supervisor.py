@@ -201,6 +201,8 @@ class Supervisor:
             if self.stop.number and not told:
                 told, stop_end = True, min(stop_end, now + STARTING_STOP)
                 ranks.signal(self.stop.number if self.stop.number != signal.SIGHUP else signal.SIGTERM)
+            if end < float("inf") and all(watch.place(rank)["ended"] for rank in ranks.alive):
+                end = now  # all have told what there was to tell
             doomed = ranks.alive if now >= end else self._nothing_to_save(ranks, watch, now, stop_end)
             if doomed:
                 ours |= set(doomed)
@@ -212,7 +214,7 @@ class Supervisor:
                 return ours, verdict
             else:
                 self._fill_reserve(ranks, watch)
-                self.stop.wait(max(0.01, min(TICK, end - now)))
+                self.stop.wait(TICK if end == float("inf") else min(0.1, end - now))
 
     def _nothing_to_save(self, ranks: Ranks, watch: Watch, now: float, stop_end: float) -> list[int]:
         """Ranks that were told to stop and have not done so in time, in C code that no signal breaks into."""

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -110,6 +111,7 @@ def train(
     stop_early()
     follow_launcher()
     if in_reserve():
+        import_module("trainer.train")  # with all that it stands on: what the waiting is for
         await_call()
     heartbeat.begin()
     from trainer.config import load_recipe
