@@ -82,4 +82,6 @@ def cure(failure: Failure) -> str:
     shown = ", ".join(failure.ids[:IDS_SHOWN])
     more = f" and {len(failure.ids) - IDS_SHOWN} more" if len(failure.ids) > IDS_SHOWN else ""
     examples = f"; its examples: {shown}{more}" if shown else ""
+    if "out of memory" in failure.reason.lower():
+        return f"{examples}; lower batch.micro_tokens, or give the job more memory"
     return f"{examples}; mend them, or pass over the step with guard.skip_steps=[{failure.step}]"

@@ -1,4 +1,4 @@
-"""Faults on purpose: named points at which the environment can make a rank die, raise, leave, hang or stop.
+"""Faults on purpose: named points at which the environment can make a rank die, raise, leave, hang, stop or swell.
 
     TUNESMITH_FAIL_POINT="shards"                             kill -9 at the first passing of `shards`, on every rank
     TUNESMITH_FAIL_POINT="shards:rank=1:nth=2:raise"          rank 1 raises at its second passing
@@ -124,6 +124,12 @@ def _stop(point: str) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def _memory(point: str) -> NoReturn:
+    held = []
+    while True:
+        held.append(bytearray(16 << 20))  # until the kernel's patience ends: set a limit first (cgroup, ulimit -v)
+
+
 ACTIONS: dict[str, Callable[[str], None]] = {
     "kill": _kill,
     "raise": _raise,
@@ -134,4 +140,5 @@ ACTIONS: dict[str, Callable[[str], None]] = {
     "hang": _hang,
     "hold": _hold,
     "stop": _stop,
+    "memory": _memory,
 }

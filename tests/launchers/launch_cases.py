@@ -18,11 +18,11 @@ ROOT = HERE.parent.parent
 DRIVER = """
 import sys
 from pathlib import Path
-from launchers import supervisor
+from launchers import supervisor, terminal
 from launchers.local import Launch
 from trainer.config.errors import RunError, UserError
 
-supervisor.STARTING_STOP = supervisor.AFTER_ERROR = 1.5
+supervisor.STARTING_STOP = supervisor.AFTER_ERROR = terminal.PARTING = 1.5
 folder, nproc, hang, restarts, standby, *arguments = sys.argv[1:]
 launch = Launch(Path(folder), (folder, *arguments), int(nproc), int(restarts), float(hang),
                 standby=standby == "True", program=(sys.executable, {rank!r}))

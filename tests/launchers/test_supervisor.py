@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -256,6 +257,42 @@ def reserve_pids(folder: Path) -> list[int]:
     lines = path.read_text().splitlines() if path.exists() else []
     pids = [int(line.split()[-1]) for line in lines if line.startswith("in reserve")]
     return pids if len(pids) == 2 else []
+
+
+@pytest.fixture
+def small_memory() -> Iterator[Path]:
+    """A memory cgroup of 200 MB, below this process's own."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, own = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            parent, limit = Path("/sys/fs/cgroup/memory", own.lstrip("/")), "memory.limit_in_bytes"
+            break
+    else:
+        parent, limit = Path("/sys/fs/cgroup", own.lstrip("/")), "memory.max"
+    group = parent / f"tunesmith-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / limit).write_text(str(200 << 20))
+    except OSError as error:
+        if group.exists():
+            group.rmdir()
+        pytest.skip(f"no memory cgroup can be made here: {error}")
+    yield group
+    wait_for(lambda: not (group / "cgroup.procs").read_text())
+    group.rmdir()
+
+
+def test_a_rank_killed_for_want_of_memory_is_told_so(tmp_path: Path, small_memory: Path) -> None:
+    folder = tmp_path / "run"
+    enter = f'echo $$ > {small_memory / "cgroup.procs"} && exec "$@"'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TUNESMITH_FAIL_POINT": "step:step=3:rank=1:memory"}
+    line = ["sh", "-c", enter, "sh", *command(folder)]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "out of memory: the kernel killed rank 1 at step 3 (SIGKILL)" in last
+    assert "lower batch.micro_tokens" in last
+    assert len(events(folder, "attempt")) == 2  # the same twice: no third time
 
 
 def test_the_supervisor_imports_no_torch() -> None:
