@@ -133,7 +133,7 @@ class Saver:
             return
         self._join(self._flight)
         try:
-            self._settle()
+            self._settle(self.world.any(self.failed))
         except LeaseLostError:
             raise
         except CheckpointError:
@@ -185,17 +185,18 @@ class Saver:
             else:
                 flight.thread.join(flight.patience)
                 flight.patience = 0.0
-        if flight is not None and self.world.any(not flight.done):
+        busy = flight is not None and not flight.done
+        signs = self.world.sum({"busy": float(busy), "failed": float(self.failed)})
+        if flight is not None and signs["busy"]:
             self.skipped += 1
-            detail = {"in_flight": flight.step, "skipped": self.skipped}
-            self.tell(step, "checkpoint_skipped", detail)
+            self.tell(step, "checkpoint_skipped", {"in_flight": flight.step, "skipped": self.skipped})
             return False
-        self._settle()
+        self._settle(bool(signs["failed"]))
         return True
 
-    def _settle(self) -> None:
+    def _settle(self, failed: bool) -> None:
         """Tell how the save in flight ended, which all ranks know to have ended; raise as `raise_failure` does."""
-        if self.world.any(self.failed):
+        if failed:
             self.raise_failure()
         self.poll()
         self._flight = None
