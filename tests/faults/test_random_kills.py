@@ -43,6 +43,7 @@ def child(folder: Path, told: int, asynchronous: bool) -> None:
     saver = Saver(Store(folder, lease, settings), world, tell)
     step = load(folder, engine, world).step if newest(folder) else 0
     while step < STEPS:
+        saver.copied()  # as the step does, before anything changes
         train(engine, 1, step)
         step += 1
         saver.poll()

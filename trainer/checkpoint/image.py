@@ -24,6 +24,7 @@ class Layout:
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         self.entries = sorted(entries, key=lambda part: -part.view.element_size())  # wide types first: all are aligned
+        self.versions = [part.view._version for part in self.entries]  # torch counts changes in place
         tensors: dict[str, tuple[str, list[int]]] = {}
         for part in self.entries:
             if part.key in tensors or part.view.dtype not in DTYPES:
@@ -95,7 +96,6 @@ class Snapshot:
     def __init__(self, layout: Layout, buffer: HostBuffer, after: Any = None) -> None:
         self.layout, self._bytes = layout, buffer.bytes
         self._views = _views(layout, buffer.bytes)
-        versions = [part.view._version for part in layout.entries]
         if after is None:
             _copy(layout, self._views, buffer.bytes)
         else:
@@ -106,7 +106,7 @@ class Snapshot:
                 _copy(layout, self._views, buffer.bytes)
             stream.synchronize()
         fail_point("snapshot")
-        for part, version in zip(layout.entries, versions, strict=True):
+        for part, version in zip(layout.entries, layout.versions, strict=True):
             if part.view._version != version:
                 raise CheckpointError(f"{part.label}: changed while it was copied: not saved")
 
