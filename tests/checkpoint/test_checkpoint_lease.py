@@ -73,7 +73,7 @@ def test_of_processes_that_start_at_once_exactly_one_wins_and_a_killed_one_is_fo
     winner = processes[lines.index("held 1")]
     for process, text in zip(processes, lines, strict=True):
         if process is not winner:
-            assert process.wait(5) == 2 and f"process {winner.pid} on" in text and "choose another `output`" in text
+            assert process.wait(20) == 2 and f"process {winner.pid} on" in text and "choose another `output`" in text
     (folder / "metrics.jsonl").write_text("row\n")
     before = {name: data for name, data in contents(folder).items() if not name.startswith(LEASES)}
     started_at = time.perf_counter()
@@ -89,7 +89,7 @@ def test_of_processes_that_start_at_once_exactly_one_wins_and_a_killed_one_is_fo
     assert [path.name for path in (folder / LEASES).iterdir()] == ["00000002"]
     assert {name: data for name, data in contents(folder).items() if not name.startswith(LEASES)} == before
     lease.release()
-    winner.wait(5)
+    winner.wait(20)
 
 
 def test_each_start_is_a_generation_of_its_own(tmp_path: Path) -> None:
