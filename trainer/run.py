@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import resource
@@ -323,14 +322,9 @@ class Run:
     # -- records
 
     def write_ledger(self, step: int, untrained: str | None = None) -> None:
-        """Append the ids of the step's examples, where the recipe asks for it; the last row of a step counts."""
-        if self.recipe.tracking.ledger and self.world.is_main:
-            self.lease.check()
-            row: dict[str, Any] = {"step": step, "stage": self.stage.name, "ids": self.loader.step_ids()}
-            if untrained:
-                row = {**row, "ids": [], "untrained": untrained}
-            with (self.folder / "ledger.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        """Record the ids of the step's examples, where the recipe asks for it; the last row of a step counts."""
+        row: dict[str, Any] = {"step": step, "stage": self.stage.name, "ids": self.loader.step_ids()}
+        self.tracker.ledger({**row, "ids": [], "untrained": untrained} if untrained else row)
 
 
 def finish(run: Run) -> None:

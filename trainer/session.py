@@ -213,6 +213,7 @@ def build_tracker(
         config=recipe.model_dump(mode="json"),
         console=console,
         main=main,
+        ledger=recipe.tracking.ledger,
         guard=guard,
     )
 

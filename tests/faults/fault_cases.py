@@ -22,6 +22,7 @@ from ruamel.yaml import YAML
 from trainer.checkpoint.manifest import newest, verify
 from trainer.checkpoint.reader import Reader
 from trainer.tracking import read_rows, read_run
+from trainer.tracking.ledger import read_ledger
 
 STEPS = 24
 EVERY = 3  # steps between checkpoints
@@ -186,10 +187,7 @@ class Outcome:
 def outcome(folder: Path) -> Outcome:
     """Losses by step, the ledger's last row of each step, digests of parameters and moments at the end."""
     rows = [row for row in read_rows(folder) if row["kind"] == "step"]
-    ledger: dict[int, tuple[str, ...]] = {}
-    for line in (folder / "ledger.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        ledger[row["step"]] = tuple(row["ids"])
+    ledger = {step: tuple(row["ids"]) for step, row in read_ledger(folder).items()}
     return Outcome(
         tuple(row["loss"] for row in rows), tuple(sorted(ledger.items())), digests(newest(folder / "checkpoints")[0])
     )

@@ -11,6 +11,7 @@ from trainer.config.errors import RunError
 from trainer.tracking import wandb_feed
 from trainer.tracking.console import Console
 from trainer.tracking.journal import Journal, QuietJournal, Row, eval_metrics, read_rows
+from trainer.tracking.ledger import Ledger
 from trainer.tracking.redact import known_secrets, redact
 from trainer.tracking.run_record import describe_environment, new_run_id, open_run, read_run, update_run, write_run
 
@@ -52,12 +53,14 @@ class Tracker:
         config: Mapping[str, Any] | None = None,
         console: bool = True,
         main: bool = True,
+        ledger: bool = False,
         guard: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.main = Path(folder), main
         self._closed, self._guard = False, guard
         self._last_step = 0
         self._journal: Journal | QuietJournal = Journal(self.folder, guard) if main else QuietJournal()
+        self._ledger = Ledger(self.folder, guard) if main and ledger else None
         self._console = Console(total_steps, enabled=console and main)
         self._feed: wandb_feed.Feed | None = None
         if main and wandb != "off":
@@ -80,9 +83,16 @@ class Tracker:
         """Record what happened at a step: resume, checkpoint, skip, early stop ..."""
         self._show(self._journal.event(step, name, detail))
 
+    def ledger(self, row: Mapping[str, Any]) -> None:
+        """Record the examples of a step, where the ledger is on: ``{step, stage, ids}``."""
+        if self._ledger is not None:
+            self._ledger.write(row)
+
     def sync(self) -> None:
         """Return once all rows are on the disk; called with each checkpoint."""
         self._journal.sync()
+        if self._ledger is not None:
+            self._ledger.sync()
 
     def close(self, status: str, feed_seconds: float = 30.0) -> None:
         """End the record with ``status`` (complete, failed, preempted) in ``run.json``; waits for W&B at most
@@ -91,12 +101,14 @@ class Tracker:
             return
         self._closed = True
         if self.main and self._ours():
-            self._journal.sync()
+            self.sync()
             update_run(self.folder, status=status)  # before the wait: a kill during the upload leaves the truth
         if self._feed is not None:
             self._tell(self._feed.finish(feed_seconds))
         self._console.close()
         self._journal.close()
+        if self._ledger is not None:
+            self._ledger.close()
 
     def _ours(self) -> bool:
         """Whether the folder is still this run's to write; said in the log where it is not."""

@@ -69,12 +69,7 @@ class Journal:
         whole = {"kind": kind, **row, "time": round(time.time(), 3)}
         whole["kind"] = kind
         line = encode_row(whole)
-        position = os.fstat(self._file).st_size
-        try:
-            _write_all(self._file, line)
-        except OSError:
-            os.ftruncate(self._file, position)  # a full disk must not leave half a row for the next one to join
-            raise
+        append_line(self._file, line)
         return decode_row(line)
 
     def _repair(self) -> None:
@@ -217,6 +212,15 @@ def _whole_rows(content: bytes) -> tuple[int, int]:
     return 0, 0
 
 
-def _write_all(file: int, line: bytes) -> None:
-    while line:
-        line = line[os.write(file, line) :]
+def append_line(file: int, line: bytes) -> None:
+    """Write a line whole or not at all: a full disk must not leave half a row for the next one to join.
+
+    Raises OSError, with the file as it was.
+    """
+    position = os.fstat(file).st_size
+    try:
+        while line:
+            line = line[os.write(file, line) :]
+    except OSError:
+        os.ftruncate(file, position)
+        raise
