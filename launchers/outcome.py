@@ -74,10 +74,11 @@ def judge(
     """The outcome of an attempt all of whose ranks have ended.
 
     `completed`: the run's own record says that it was completed in this attempt; whatever a rank ended with after that
-    is no failure. `already`: it says so, and said so before. `stop`: the signal that asked for an end. `hung`: why the
-    supervisor killed all ranks.
+    is no failure. But where a rank refused to begin, it was another run in that folder. `already`: it says so, and said
+    so before. `stop`: the signal that asked for an end. `hung`: why the supervisor killed all ranks.
     """
-    if completed:
+    refused = any(e.code == REFUSED and not e.killed and e.place.get("section", "start") in STARTING for e in endings)
+    if completed and not refused:
         return Outcome("complete")
     stopped = bool(stop) or any(e.code == STOPPED for e in endings)
     # a rank that is leaving already has no handlers any more: a second signal ends it, and that is no failure

@@ -167,8 +167,10 @@ def launch(
     from launchers.machine import devices
     from launchers.supervisor import supervise
     from trainer.config import load_recipe
+    from trainer.config.owner import check_writable
 
     folder = Path(load_recipe(recipe, overrides).output)
+    check_writable(folder, "output")  # the logs of the ranks come before the ranks
     arguments = ["train", str(recipe), *(overrides or [])]
     arguments += ["--quiet"] * quiet + ["--allow-data-change"] * allow_data_change
     size = nproc or max(1, devices())

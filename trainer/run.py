@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import resource
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from trainer.checkpoint.space import check_start
 from trainer.checkpoint.store import Store
 from trainer.config import Recipe, RunError, Stage, UserError, dump_recipe
 from trainer.config.changes import FLAG
+from trainer.config.owner import check_writable
 from trainer.continual import NoAnchor
 from trainer.data.loader import Loader
 from trainer.data.plan import Plan
@@ -36,6 +35,7 @@ from trainer.optim import Plateau, lr_factor, scaled_lr
 from trainer.signals import StopSignal
 from trainer.tracking import Tracker, read_rows
 from trainer.tracking.run_folder import check_run_folder
+from trainer.tracking.run_record import replace_file
 from trainer.world import World
 
 log = logging.getLogger(__name__)
@@ -344,26 +344,13 @@ def memory_bytes(device: torch.device) -> int:
 def check_output(folder: Path) -> None:
     """Raise UserError where the run's folder could not be written, or leads elsewhere; makes nothing."""
     check_run_folder(folder)
-    ancestor = folder.absolute()
-    try:
-        while not ancestor.exists():
-            ancestor = ancestor.parent
-        if not ancestor.is_dir():
-            raise NotADirectoryError(20, "not a directory")
-        with tempfile.TemporaryFile(dir=ancestor):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"output: {folder}: {ancestor} cannot be written ({error.strerror}); choose another `output`"
-        ) from error
+    check_writable(folder, "output")
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:
-    """The resolved recipe, whole or not at all."""
+    """The resolved recipe, whole or not at all, whatever the disk does next."""
     folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / f".recipe.yaml.{os.getpid()}"
-    staging.write_text(dump_recipe(recipe), encoding="utf-8")
-    staging.replace(folder / "recipe.yaml")
+    replace_file(folder / "recipe.yaml", dump_recipe(recipe))
 
 
 FACTS = {  # what a checkpoint must agree with, and what it is of

@@ -21,6 +21,7 @@ from ruamel.yaml import YAML
 
 from trainer.checkpoint.manifest import newest, verify
 from trainer.checkpoint.reader import Reader
+from trainer.launched import LOGS
 from trainer.tracking import read_rows, read_run
 from trainer.tracking.ledger import read_ledger
 
@@ -141,18 +142,17 @@ def descendants(pid: int) -> list[int]:
 
 
 def ranks_of(folder: Path) -> dict[int, int]:
-    """{rank: process} of the live training processes that work on a run's folder, by their environment."""
+    """{rank: process} of the live ranks that `tunesmith launch` started for a run's folder, by their environment."""
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
             items = (entry / "environ").read_bytes().split(b"\0")
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
         variables = dict(item.split(b"=", 1) for item in items if b"=" in item)
-        if b"RANK" in variables and b"train" in words and any(str(folder.name).encode() in word for word in words):
+        if variables.get(LOGS.encode(), b"").startswith(f"{folder}/".encode()):
             found[int(variables[b"RANK"])] = int(entry.name)
     return found
 

@@ -84,20 +84,21 @@ def test_nan_on_one_rank_of_every_engine(tmp_path: Path, tiny_folder: Path, chat
 
 
 def flip_one_bit(rank: int, folder: Path, model: Path, data: Path, engines: list[str]) -> None:
-    """Rank 1's copy loses one bit after step 4; the comparison at step 5 names it."""
+    """Rank 1's copy loses one bit after step 5's update, which under ZeRO writes the copies anew; step 5's comparison
+    names it."""
     for engine in engines:
         recipe = recipe_for(folder / engine, model, data, engine=ENGINES[engine], guard={"replica_check": 5})
         try:
             with open_session(build_recipe(recipe), console=False) as run:
                 for _ in range(4):
                     train_step(run)
-                run.check_replicas_if_due()
+                    run.check_replicas_if_due()
+                train_step(run)
                 if rank == 1:
                     replica = next(iter(run.engine.replicas()))
                     local = replica.tensor.detach().view(-1)
                     assert replica.ranks == (0, 1)
-                    local[:1] += 1e-3
-                train_step(run)
+                    local[:1].view(torch.int32)[0] ^= 1 << 12
                 run.check_replicas_if_due()
         except RunError as error:
             who = "ranks 0, 1" if engine == "replicated" else "rank 1"  # of two equal copies nobody knows the right one

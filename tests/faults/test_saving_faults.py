@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from fault_cases import (
 from trainer.checkpoint.manifest import newest, step_of, verify
 from trainer.tracking import read_rows, read_run
 
+SLOW_STEPS = ";".join(f"step:step={step}:slow" for step in range(8, 13))  # the run is still at work when we come
 PHASES = ("before", "staged", "shard", "shards", "manifest", "rename", "renamed", "rotate")
 
 
@@ -84,7 +86,7 @@ def test_killed_at_every_phase(phase: str, who: str, recipe: Path, calm: Outcome
 @pytest.mark.faults
 @pytest.mark.timeout(200)
 def test_killed_again_while_it_recovers(recipe: Path, calm: Outcome) -> None:
-    faults = "rename:nth=3:attempt=1;step:rank=1:attempt=2;shards:nth=1:attempt=3"
+    faults = "rename:nth=3:attempt=1;step:rank=1:attempt=2;shards:nth=2:attempt=3"
     ended = launch(recipe, log=recipe.parent / "log", TUNESMITH_FAIL_POINT=faults).end(180)
     assert ended.code == 0, ended.output
     same_end(recipe.parent / "run", calm)
@@ -103,6 +105,39 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("needs root to mount a small file system")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+class FailingDisk:
+    """An ext4 file system in a file, which can be made to fail as one with a broken device does."""
+
+    def __init__(self, image: Path, place: Path) -> None:
+        self.image, self.place = image, place
+
+    def mount(self) -> int:
+        command = ["mount", "-o", "loop,errors=remount-ro", str(self.image), str(self.place)]
+        return subprocess.run(command, check=False).returncode
+
+    def repair(self) -> None:
+        """What an administrator does: unmount, check, mount."""
+        subprocess.run(["umount", str(self.place)], check=True)
+        checked = subprocess.run(["fsck.ext4", "-f", "-y", str(self.image)], check=False, capture_output=True)
+        assert checked.returncode < 4, checked.stdout
+        assert self.mount() == 0
+
+
+@pytest.fixture
+def failing_disk(tmp_path: Path) -> Iterator[FailingDisk]:
+    disk = FailingDisk(tmp_path / "image", tmp_path / "disk")
+    disk.place.mkdir()
+    with disk.image.open("wb") as file:
+        file.truncate(32 << 20)
+    if not shutil.which("mkfs.ext4"):
+        pytest.skip("needs mkfs.ext4")
+    subprocess.run(["mkfs.ext4", "-q", str(disk.image)], check=True)
+    if disk.mount():
+        pytest.skip("needs root and a loop device to mount a file system")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk.place)], check=True)
 
 
 def fill(place: Path) -> Path:
@@ -151,11 +186,11 @@ def test_a_disk_that_is_full_for_a_while(
 def test_a_rank_that_cannot_write_large_files(rank: int, recipe: Path, calm: Outcome) -> None:
     """A real EFBIG in the writer thread of one rank: the save fails on all, is told, and nothing half is published."""
     folder = recipe.parent / "run"
-    command = launch(recipe, log=recipe.parent / "log")
+    command = launch(recipe, "--max-restarts", "0", log=recipe.parent / "log", TUNESMITH_FAIL_POINT=SLOW_STEPS)
     wait_for(lambda: last_step(folder) >= 4 and len(ranks_of(folder)) == 2, what="steps on two ranks")
     pid = ranks_of(folder)[rank]
     before = {path.name for path in newest(folder / "checkpoints")}
-    resource.prlimit(pid, resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # a shard has 155 kB
     ended = command.end(150)
     assert ended.code == 1, ended.output
     assert "checkpoints fail" in ended.output
@@ -169,20 +204,19 @@ def test_a_rank_that_cannot_write_large_files(rank: int, recipe: Path, calm: Out
 
 @pytest.mark.faults
 @pytest.mark.timeout(200)
-def test_a_disk_that_turns_read_only(small_disk: Path, tmp_path: Path, tiny_folder: Path, chats: Path, calm) -> None:
-    folder = small_disk / "run"
+def test_a_disk_that_turns_read_only(
+    failing_disk: FailingDisk, tmp_path: Path, tiny_folder: Path, chats: Path, calm: Outcome
+) -> None:
+    """As ext4 does after an error: files that are open can be written no more."""
+    folder = failing_disk.place / "run"
     recipe = write_recipe(recipe_for(folder, tiny_folder, chats), tmp_path / "recipe.yaml")
-    command = launch(recipe, log=tmp_path / "log")
+    command = launch(recipe, log=tmp_path / "log", TUNESMITH_FAIL_POINT=SLOW_STEPS)
     wait_for(lambda: len(newest(folder / "checkpoints")) > 1, what="checkpoints")
-    turned = subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=False, capture_output=True)
-    if turned.returncode:  # a file is being written at this moment
-        wait_for(
-            lambda: not subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=False).returncode,
-            what="read-only disk",
-        )
+    subprocess.run(["mount", "-o", "remount,abort", str(failing_disk.place)], check=True)
     ended = command.end(150)
     assert ended.code == 1, ended.output
-    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    assert "Read-only file system" in ended.output
+    failing_disk.repair()
     for path in newest(folder / "checkpoints"):
         verify(path)
     again = launch(recipe, log=tmp_path / "log2").end(150)
@@ -230,7 +264,7 @@ def test_a_signal_during_a_save(number: signal.Signals, recipe: Path, calm: Outc
 def test_only_the_launcher_is_killed(recipe: Path, calm: Outcome) -> None:
     folder = recipe.parent / "run"
     command = launch(recipe, log=recipe.parent / "log")
-    wait_for(lambda: last_step(folder) >= 4, what="steps")
+    wait_for(lambda: last_step(folder) >= 4 and len(ranks_of(folder)) == 2, what="steps on two ranks")
     assert command.process is not None
     os.kill(command.process.pid, signal.SIGKILL)
     wait_for(lambda: not ranks_of(folder), 5, "end of the orphans")
@@ -243,7 +277,7 @@ def test_only_the_launcher_is_killed(recipe: Path, calm: Outcome) -> None:
 @pytest.mark.timeout(200)
 def test_a_second_run_in_one_folder_is_refused_and_harms_nothing(recipe: Path, calm: Outcome) -> None:
     folder = recipe.parent / "run"
-    first = launch(recipe, log=recipe.parent / "log")
+    first = launch(recipe, log=recipe.parent / "log", TUNESMITH_FAIL_POINT=SLOW_STEPS)
     wait_for(lambda: last_step(folder) >= 2, what="steps")
     second = launch(recipe, log=recipe.parent / "log2").end(60)
     assert second.code == 2, second.output

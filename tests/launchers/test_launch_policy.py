@@ -110,6 +110,8 @@ ABORTED = ending(0, -signal.SIGABRT, 2.5)
         ([LOST, ending(1, 13, 2.0)], {}, "failed", 1, "rank 1 left with exit code 13 at step 7"),
         ([LOST, KILLED], {"out_of_memory": {1}}, "failed", 1, "out of memory: the kernel killed rank 1 at step 7"),
         ([LOST, ending(1, 2, 1.0, "sources.a: bad row")], {}, "refused", 1, "sources.a: bad row"),
+        ([ending(0, 2, 1.0, "output: in use", section="start")], {"completed": True}, "refused", 0, "output: in use"),
+        ([ending(0, 2, 1.0, "report: bad", section="finish")], {"completed": True}, "complete", None, ""),
         ([LOST, KILLED], {"stop": "SIGTERM"}, "preempted", 1, "SIGTERM; rank 1 was ended by SIGKILL"),
         ([ending(0, -15), ending(1, 130)], {"stop": "SIGINT"}, "preempted", 1, "SIGINT"),
         ([ending(0, 1, told="OSError: disk full"), ending(1, 75)], {"stop": "SIGTERM"}, "failed", 0, "disk full"),

@@ -1,10 +1,11 @@
-"""Folders that somebody else may have put in our way: in a place where everybody can write, whose is what is there?"""
+"""Folders before they are written: can they be, and whose is what is there already, where everybody can write?"""
 
 from __future__ import annotations
 
 import logging
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 from trainer.config.errors import UserError
@@ -37,3 +38,19 @@ def check_owner(folder: Path, key: str) -> None:
         )
     if target.st_mode & stat.S_IWOTH:
         log.warning("%s: everybody can write into %s; run `chmod o-w` on it", key, folder)
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Raise UserError, naming ``key``, where a folder could not be made or written; makes nothing that stays."""
+    ancestor = folder.absolute()
+    try:
+        while not ancestor.exists():
+            ancestor = ancestor.parent
+        if not ancestor.is_dir():
+            raise NotADirectoryError(20, "not a directory")
+        with tempfile.TemporaryFile(dir=ancestor):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{key}: {folder}: {ancestor} cannot be written ({error.strerror}); choose another `{key}`"
+        ) from error
