@@ -168,8 +168,10 @@ def launch(
     from launchers.supervisor import supervise
     from trainer.config import load_recipe
     from trainer.config.owner import check_writable
+    from trainer.tracking.run_folder import check_run_folder
 
     folder = Path(load_recipe(recipe, overrides).output)
+    check_run_folder(folder)
     check_writable(folder, "output")  # the logs of the ranks come before the ranks
     arguments = ["train", str(recipe), *(overrides or [])]
     arguments += ["--quiet"] * quiet + ["--allow-data-change"] * allow_data_change

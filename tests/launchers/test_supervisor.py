@@ -163,6 +163,7 @@ def test_a_signal_between_two_attempts(tmp_path: Path) -> None:
 def test_the_supervisors_death_leaves_no_orphan(tmp_path: Path) -> None:
     process = start(tmp_path / "run", seconds=0.1, steps=400)
     pids = rank_pids(tmp_path / "run")
+    assert len(pids) == 2 and all(is_alive(pid) for pid in pids)
     process.kill()
     process.wait()
     wait_for(lambda: not any(is_alive(pid) for pid in pids), seconds=5)

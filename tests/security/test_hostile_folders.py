@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fault_cases import launch, recipe_for, write_recipe
 from finished import FinishedRun
 
 from trainer.checkpoint.manifest import CheckpointError, newest, verify
@@ -37,7 +38,7 @@ LINKS = {
     for name in (
         "metrics.jsonl", "ledger.jsonl", "run.json", "recipe.yaml", "report.html", "wandb", "wandb.log", "checkpoints",
         "evaluation", ".lease", "export", "checkpoints/step-00000002", "checkpoints/latest", ".lease/00000001",
-        "evaluation/loss-base.json",
+        "evaluation/loss-base.json", "logs", "logs/supervisor.jsonl",
     )
 }  # fmt: skip
 
@@ -51,6 +52,17 @@ def test_a_link_inside_of_a_runs_folder_is_refused(name: str, tmp_path: Path) ->
     with pytest.raises(UserError) as caught:
         check_output(tmp_path / "run")
     assert str(caught.value).startswith(f"output: {tmp_path / 'run' / name}: is a link") and not list(outside.iterdir())
+
+
+def test_a_launcher_writes_no_log_through_a_link(tmp_path: Path, tiny_folder: Path, chats: Path) -> None:
+    recipe = write_recipe(recipe_for(tmp_path / "run", tiny_folder, chats), tmp_path / "recipe.yaml")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    link("logs")(tmp_path / "run", outside)
+    ended = launch(recipe, ranks=1, log=tmp_path / "log").end(60)
+    assert ended.code == 2, ended.output
+    assert f"{tmp_path / 'run' / 'logs'}: is a link" in ended.output
+    assert not list(outside.iterdir())
 
 
 def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:

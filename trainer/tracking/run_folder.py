@@ -12,6 +12,7 @@ INSIDE = (
     "checkpoints",
     "averages",
     "evaluation",
+    "logs",
     ".lease",
 )  # where a run makes files by name; wandb has links of its own
 
